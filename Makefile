@@ -1,0 +1,83 @@
+# `make serve` on a machine with nothing but python3, make and a network goes all the way to a
+# running server: it builds .venv from the hash-pinned requirements.lock first, once.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.stamp
+# uv installs in parallel and from a cache. Without one on PATH, the lock's own is used.
+UV := $(or $(shell command -v uv 2>/dev/null),$(BIN)/uv)
+# uv trusts a list of its own; behind a proxy with its own authority only the machine's list is right.
+ifneq ($(wildcard /etc/ssl/certs/ca-certificates.crt),)
+export UV_SYSTEM_CERTS ?= 1
+endif
+
+.PHONY: help setup serve test test-all check bench train lock clean
+# A venv that failed half-way (Debian without python3-venv) must not look like one.
+.DELETE_ON_ERROR:
+
+help:  ## Print this list (the default)
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: $(STAMP)  ## Build .venv and examples/base, if they are not up to date
+
+serve: setup  ## Serve serve_config.yaml until Ctrl-C
+# HAProxy and throughput mode: 4 times the requests of Serve's default, at a quarter of the latency.
+# Token: replicas unpickle what reaches their ports, so nobody else may.
+# Draining: without the 0, replacing an ingress replica takes 30 s.
+	RAY_SERVE_ENABLE_HA_PROXY=1 \
+	RAY_SERVE_THROUGHPUT_OPTIMIZED=1 \
+	RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S=0 \
+	RAY_AUTH_MODE=token \
+	RAY_USAGE_STATS_ENABLED=0 \
+	exec $(BIN)/serve run serve_config.yaml
+
+test: setup  ## Run the tests, but for those marked slow
+	$(BIN)/python -m pytest
+
+test-all: setup  ## Run all tests
+	$(BIN)/python -m pytest -m ""
+
+check: setup  ## Check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: setup  ## Run the benchmarks
+	@if [ -f benchmarks/__main__.py ]; then exec $(BIN)/python -m benchmarks; fi; \
+	set -- benchmarks/*.py; \
+	if [ ! -f "$$1" ]; then echo "benchmarks/ holds no benchmark yet."; exit 0; fi; \
+	for script; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+train: setup  ## Train the example adapters anew
+	$(BIN)/python examples/train.py
+
+# Keeps the versions that are locked already: `make lock UPGRADE=--upgrade` takes the newest.
+# No index address goes into the file, so it installs from any mirror.
+lock: | $(UV)  ## Write requirements.lock from pyproject.toml
+	$(UV) pip compile pyproject.toml --group dev --universal --python-version 3.11 \
+	    --generate-hashes --no-emit-index-url --custom-compile-command "make lock" \
+	    --quiet $(UPGRADE) --output-file requirements.lock
+
+clean:  ## Remove caches and examples/base; .venv stays and is checked again by the next make
+	rm -rf $(STAMP) examples/base .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# --python: a venv that happens to be active is not ours.
+# Bytecode: otherwise each of Ray's processes compiles torch and transformers at its first import,
+# and where PYTHONDONTWRITEBYTECODE is set at every one.
+$(STAMP): requirements.lock examples/base.lock examples/base.py clients/pyproject.toml | $(BIN)/python $(UV)
+	$(UV) pip install --python $(BIN)/python --require-hashes --compile-bytecode -r requirements.lock
+	$(UV) pip install --python $(BIN)/python --require-hashes --no-deps -r examples/base.lock
+	$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation -e clients
+	$(BIN)/python examples/base.py
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "onebase needs\
+	 Python 3.11 or newer, and $(PYTHON) is not: name one with 'make PYTHON=python3.11'." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+$(BIN)/uv: | $(BIN)/python
+	sed -n '/^uv==/,/# via/p' requirements.lock | \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    --no-deps --require-hashes -r /dev/stdin
