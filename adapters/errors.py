@@ -1,0 +1,80 @@
+"""What can go wrong with an adapter.
+
+    AdapterError
+    ├── TaskNotFound        no folder of that name is in the store
+    ├── AdapterIncomplete   its folder is still being copied; worth another try
+    ├── AdapterChanged      its folder no longer holds the version that was asked for
+    └── AdapterRefused      it cannot be served; carries every problem that was found
+
+Every argument goes to the base constructor untouched, so that the errors survive pickling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class AdapterError(Exception):
+    """Something is wrong with one task's adapter; every other task is unaffected."""
+
+
+class TaskNotFound(AdapterError):
+    """The store has no folder for this task."""
+
+    def __init__(self, task: str) -> None:
+        """Name the task that was asked for."""
+        super().__init__(task)
+        self.task = task
+
+    def __str__(self) -> str:
+        """Say what to do next."""
+        return (
+            f"there is no task {self.task!r}; put its PEFT folder into the adapter store "
+            "under that name, or see GET /v1/tasks for those that exist"
+        )
+
+
+class AdapterIncomplete(AdapterError):
+    """The folder is not complete yet, most likely because it is still being copied."""
+
+    def __init__(self, task: str, reason: str) -> None:
+        """Say what is missing yet."""
+        super().__init__(task, reason)
+        self.task = task
+        self.reason = reason
+
+    def __str__(self) -> str:
+        """Say why to wait."""
+        return f"the adapter of task {self.task!r} is not complete yet: {self.reason}"
+
+
+class AdapterChanged(AdapterError):
+    """The folder holds another version than the one that was asked for."""
+
+    def __init__(self, task: str, wanted: str, found: str) -> None:
+        """Name both versions."""
+        super().__init__(task, wanted, found)
+        self.task = task
+        self.wanted = wanted
+        self.found = found
+
+    def __str__(self) -> str:
+        """Name both versions."""
+        return (
+            f"the adapter of task {self.task!r} changed from version {self.wanted} "
+            f"to {self.found} while the request was on its way; send it again"
+        )
+
+
+class AdapterRefused(AdapterError):
+    """The adapter cannot be served as it is; `problems` has one sentence each."""
+
+    def __init__(self, task: str, problems: Sequence[str]) -> None:
+        """Collect every problem, so that one look is enough to mend them all."""
+        super().__init__(task, tuple(problems))
+        self.task = task
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        """All problems in one message."""
+        return f"the adapter of task {self.task!r} was refused: {'; '.join(self.problems)}"

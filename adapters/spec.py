@@ -1,0 +1,258 @@
+"""What an adapter says of itself, read from its JSON files and validated. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+Truncation = bool | Literal["longest_first", "only_first", "only_second"]
+
+# Keys of adapter_config.json that say how the adapter is computed, and are read below.
+_READ = {
+    "peft_type", "task_type", "base_model_name_or_path", "auto_mapping", "r", "lora_alpha",
+    "target_modules", "exclude_modules", "use_rslora", "modules_to_save", "layers_to_transform",
+    "layers_pattern",
+}  # fmt: skip
+# Keys that matter to training, or to where the files came from, and not to an answer.
+_WITHOUT_EFFECT = {
+    "peft_version", "revision", "inference_mode", "lora_dropout", "megatron_core",
+    "qalora_group_size", "ensure_weight_tying", "eva_config",
+}  # fmt: skip
+# Initialisations that leave the base as it is; the others change its weights at training.
+_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+class Rules(BaseModel):
+    """`task.json`: how a task's texts become ids, and its scores an answer. Every key optional."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    labels: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] | None = Field(
+        None, description="Label names by index. Else from the folder's config.json, else LABEL_0…"
+    )
+    problem_type: ProblemType | None = Field(
+        None, description="Else from config.json, else guessed: one label is regression."
+    )
+    threshold: Annotated[float, Field(ge=0, le=1, strict=False)] | None = Field(
+        None, description='Below it the answer is "Uncertain" (multi-label: not listed; else 0.5).'
+    )
+    max_length: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Longest input in tokens, as in training. Else what the base can take."
+    )
+    truncation: Truncation = Field(
+        True, description="How a longer text is cut, as in training; false refuses it instead."
+    )
+    padding: bool | Literal["longest", "max_length", "do_not_pad"] = Field(
+        True, description="Accepted and without effect: padding never changes an answer here."
+    )
+    pair: bool = Field(False, description="Whether an input is a pair: a text and a text_pair.")
+    base_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = Field(
+        None, description="SHA-256 of the base's model.safetensors, checked where present."
+    )
+
+    @field_validator("labels")
+    @classmethod
+    def _distinct(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if labels is not None and len(set(labels)) < len(labels):
+            raise ValueError("label names must differ from each other")
+        return labels
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A LoRA classifier as its `adapter_config.json` and `config.json` describe it.
+
+    Attributes:
+        rank: LoRA rank r.
+        alpha: LoRA alpha; with `rank` and `use_rslora` it gives `scaling`.
+        use_rslora: Whether the scaling is alpha/sqrt(r) (arXiv:2312.03732) instead of alpha/r.
+        target_modules: Names or one regular expression, as PEFT matches them.
+        exclude_modules: Likewise, for modules left out; empty for none.
+        modules_to_save: Modules trained whole, matched by the end of their path.
+        base: `base_model_name_or_path`, a hub id or a path; None if the config has none.
+        base_class: The base's transformers class if the config names it.
+        labels: Names by index from config.json, or None.
+        problem_type: From config.json, or None.
+    """
+
+    rank: int
+    alpha: float
+    use_rslora: bool
+    target_modules: tuple[str, ...] | str
+    exclude_modules: tuple[str, ...] | str
+    modules_to_save: tuple[str, ...]
+    base: str | None
+    base_class: str | None
+    labels: tuple[str, ...] | None
+    problem_type: ProblemType | None
+
+    @property
+    def scaling(self) -> float:
+        """What x·A·B is multiplied with (PEFT's `LoraLayer.update_layer`)."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    def targets(self, module: str) -> bool:
+        """Tell whether PEFT would put LoRA on this module path (`check_target_module_exists`)."""
+        return _matches(module, self.target_modules) and not _matches(module, self.exclude_modules)
+
+    def saves(self, module: str) -> bool:
+        """Tell whether PEFT would save this module whole (it matches the end of the path)."""
+        return module.endswith(self.modules_to_save) if self.modules_to_save else False
+
+
+def _matches(module: str, patterns: tuple[str, ...] | str) -> bool:
+    if patterns == "all-linear":
+        return True
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, module) is not None
+    return any(module == name or module.endswith("." + name) for name in patterns)
+
+
+def read_spec(files: Mapping[str, bytes]) -> tuple[Spec | None, Rules | None, list[str]]:
+    """Read an adapter's JSON files.
+
+    Args:
+        files: File name -> content of `adapter_config.json` and, where present, `config.json`
+            and `task.json`.
+
+    Returns:
+        The spec, the rules, and one sentence for each problem. Spec or rules are None where a
+        problem leaves nothing to go on with.
+    """
+    problems: list[str] = []
+    config = _read_object("adapter_config.json", files, problems)
+    model_config = _read_object("config.json", files, problems) if "config.json" in files else {}
+    raw_rules = _read_object("task.json", files, problems) if "task.json" in files else {}
+    rules = _read_rules(raw_rules, problems) if raw_rules is not None else None
+    if config is None or model_config is None:
+        return None, rules, problems
+    return _read_config(config, model_config, problems), rules, problems
+
+
+def _read_object(
+    name: str, files: Mapping[str, bytes], problems: list[str]
+) -> dict[str, Any] | None:
+    try:
+        value = json.loads(files[name])
+    except (ValueError, RecursionError) as error:
+        problems.append(f"{name} is not valid JSON ({error})")
+        return None
+    if not isinstance(value, dict):
+        problems.append(f"{name} must hold a JSON object")
+        return None
+    return value
+
+
+def _read_rules(raw: dict[str, Any], problems: list[str]) -> Rules | None:
+    try:
+        return Rules.model_validate(raw)
+    except ValidationError as error:
+        for detail in error.errors():
+            key = ".".join(str(part) for part in detail["loc"][:1])
+            what = "is not a known rule" if detail["type"] == "extra_forbidden" else detail["msg"]
+            sentence = f"task.json: {key}: {what}"
+            if sentence not in problems:
+                problems.append(sentence)
+        return None
+
+
+def _read_config(
+    config: dict[str, Any], model_config: dict[str, Any], problems: list[str]
+) -> Spec | None:
+    method = config.get("peft_type")
+    if method != "LORA":
+        problems.append(f"peft_type {method!r} is not served; only LORA is")
+        return None
+    before = len(problems)
+    if config.get("task_type") not in (None, "SEQ_CLS"):
+        problems.append(f"task_type {config['task_type']!r} is not served; only SEQ_CLS is")
+    for key, value in config.items():
+        problem = _key_problem(key, value)
+        if problem:
+            problems.append(problem)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        problems.append(f"r must be a positive integer, not {rank!r}")
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        problems.append(f"lora_alpha must be a number, not {alpha!r}")
+    names = {
+        key: _names(key, config.get(key), problems)
+        for key in ("target_modules", "exclude_modules", "modules_to_save")
+    }
+    if not names["target_modules"]:
+        problems.append("target_modules names nothing")
+    labels, problem_type = _read_labels(model_config, problems)
+    if len(problems) > before:
+        return None
+    saved = names["modules_to_save"]
+    mapping = config.get("auto_mapping")
+    return Spec(
+        rank=int(rank),  # type: ignore[arg-type]  # checked above
+        alpha=float(alpha),  # type: ignore[arg-type]
+        use_rslora=bool(config.get("use_rslora")),
+        target_modules=names["target_modules"],
+        exclude_modules=names["exclude_modules"],
+        modules_to_save=(saved,) if isinstance(saved, str) else saved,
+        base=config.get("base_model_name_or_path"),
+        base_class=mapping.get("base_model_class") if isinstance(mapping, dict) else None,
+        labels=labels,
+        problem_type=problem_type,
+    )
+
+
+def _key_problem(key: str, value: Any) -> str | None:
+    """Return a sentence if this key of adapter_config.json asks for what is not served."""
+    if key in _WITHOUT_EFFECT:
+        return None
+    if key in ("layers_to_transform", "layers_pattern") and value:
+        return f"{key}={value!r} is not served"
+    if key in _READ:
+        return None
+    if key == "init_lora_weights":
+        return None if value in _PLAIN_INITS else f"init_lora_weights={value!r} changes the base"
+    if key == "bias":
+        return None if value == "none" else f"bias={value!r} is not served; only 'none' is"
+    # A feature that is off says nothing: None, False, {} and [] are how PEFT writes that.
+    return f"{key}={value!r} is not served" if value else None
+
+
+def _names(key: str, value: Any, problems: list[str]) -> tuple[str, ...] | str:
+    """Return a list of names, or one regular expression, as PEFT takes them."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            problems.append(f"{key} is not a valid regular expression ({error})")
+        return value
+    if isinstance(value, list) and all(isinstance(name, str) and name for name in value):
+        return tuple(value)
+    problems.append(f"{key} must be a list of names, not {value!r}")
+    return ()
+
+
+def _read_labels(
+    config: dict[str, Any], problems: list[str]
+) -> tuple[tuple[str, ...] | None, ProblemType | None]:
+    """Read id2label and problem_type, as transformers writes them into config.json."""
+    problem_type = config.get("problem_type")
+    if problem_type not in (None, *ProblemType.__args__):  # type: ignore[attr-defined]
+        problems.append(f"config.json: problem_type {problem_type!r} is not served")
+        problem_type = None
+    id2label = config.get("id2label")
+    if id2label is None:
+        return None, problem_type
+    try:
+        by_index = {int(index): str(label) for index, label in id2label.items()}
+        return tuple(by_index[index] for index in range(len(by_index))), problem_type
+    except (AttributeError, ValueError, KeyError):
+        problems.append("config.json: id2label must map 0…n-1 to names")
+        return None, problem_type

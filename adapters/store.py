@@ -1,0 +1,184 @@
+"""Where adapters lie: a directory with one PEFT folder a task. No torch.
+
+A folder may change at any time, and may still be on its way in. So it is looked at (names, sizes
+and times) before it is read, and what was read is named by its content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adapters.errors import AdapterIncomplete, AdapterRefused, TaskNotFound
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+RULES = "task.json"
+MODEL_CONFIG = "config.json"
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+# Only these are ever opened: a training folder holds optimizer states and pickles beside them.
+READ = (CONFIG, WEIGHTS, MODEL_CONFIG, RULES, *TOKENIZER)
+VERSIONED = frozenset((CONFIG, WEIGHTS, *TOKENIZER))
+
+TASK_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+MAX_JSON_BYTES = 64 * 2**20
+MAX_WEIGHTS_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A folder as `stat` shows it; two equal looks mean an unchanged folder.
+
+    Attributes:
+        entries: Sorted (name, bytes, mtime in ns) of every file that could be read.
+        changed_s: When the youngest of them last changed, in seconds since the epoch.
+    """
+
+    entries: tuple[tuple[str, int, int], ...]
+    changed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The content of one adapter folder.
+
+    Attributes:
+        task: The folder's name.
+        version: First 8 hex digits of a SHA-256 over name, length and bytes of the adapter's
+            config, weights and tokenizer files. The rules have no part in it.
+        contents: File name -> bytes, of those in `READ` that exist.
+    """
+
+    task: str
+    version: str
+    contents: Mapping[str, bytes]
+
+
+class Store:
+    """A directory of PEFT folders, one a task, exactly as `save_pretrained` writes them."""
+
+    def __init__(self, root: str | Path) -> None:
+        """Take the directory; it may be empty, and need not exist yet."""
+        self.root = Path(root)
+
+    def tasks(self) -> list[str]:
+        """Return the names of all folders that hold an adapter, sorted."""
+        if not self.root.is_dir():
+            return []
+        return sorted(
+            entry.name
+            for entry in self.root.iterdir()
+            if TASK_NAME.fullmatch(entry.name) and (entry / CONFIG).is_file()
+        )
+
+    def look(self, task: str) -> Look:
+        """Return what `stat` says of a task's folder.
+
+        Raises:
+            TaskNotFound: The name is not a task's, or the folder has no adapter_config.json.
+        """
+        folder = self._folder(task)
+        entries, changed_s = [], 0.0
+        for name in (*READ, PICKLE):
+            try:
+                stat = (folder / name).stat()
+            except OSError:
+                continue
+            entries.append((name, stat.st_size, stat.st_mtime_ns))
+            # A copy that keeps the times of its files still moves the change time.
+            changed_s = max(changed_s, stat.st_mtime, stat.st_ctime)
+        if not any(name == CONFIG for name, _, _ in entries):
+            raise TaskNotFound(task)
+        return Look(tuple(sorted(entries)), min(changed_s, time.time()))
+
+    def read(self, task: str) -> Files:
+        """Read a task's folder whole.
+
+        Raises:
+            TaskNotFound: As `look`.
+            AdapterIncomplete: The weights are not there yet, or not all of them.
+            AdapterRefused: The folder has only a pickle, or a file of absurd size.
+        """
+        folder = self._folder(task)
+        sizes = {name: size for name, size, _ in self.look(task).entries}
+        if WEIGHTS not in sizes:
+            if PICKLE in sizes:
+                raise AdapterRefused(
+                    task,
+                    [
+                        f"it has only {PICKLE}, a pickle, which is never opened; "
+                        "save it again with safe_serialization=True"
+                    ],
+                )
+            raise AdapterIncomplete(task, f"{WEIGHTS} is missing")
+        problems = [
+            f"{name} has {size} bytes, over the limit of {limit}"
+            for name, size in sizes.items()
+            if size > (limit := MAX_WEIGHTS_BYTES if name == WEIGHTS else MAX_JSON_BYTES)
+        ]
+        if problems:
+            raise AdapterRefused(task, problems)
+        _check_length(task, folder / WEIGHTS)
+        contents = {name: (folder / name).read_bytes() for name in READ if name in sizes}
+        return Files(task, _version(contents), contents)
+
+    def summary(self, task: str, names: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read just enough of a folder to size a bank: its config, and some tensors' shapes.
+
+        Args:
+            task: The folder's name.
+            names: Ends of the tensor names wanted.
+
+        Returns:
+            The adapter_config.json, and name -> shape; both empty where they cannot be read, which
+            is for `read` to complain about.
+        """
+        folder = self._folder(task)
+        try:
+            config = json.loads((folder / CONFIG).read_bytes())
+            with (folder / WEIGHTS).open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(min(length, MAX_JSON_BYTES)))
+            shapes = {n: h["shape"] for n, h in header.items() if n.endswith(tuple(names))}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}, {}
+        return (config if isinstance(config, dict) else {}), shapes
+
+    def _folder(self, task: str) -> Path:
+        if not TASK_NAME.fullmatch(task):
+            raise TaskNotFound(task)
+        return self.root / task
+
+
+def _check_length(task: str, path: Path) -> None:
+    """Compare a safetensors file's length with the one that its header declares."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = int.from_bytes(head, "little")
+        if len(head) < 8 or size < 8 + length <= MAX_JSON_BYTES:
+            raise AdapterIncomplete(task, f"{WEIGHTS} has only {size} bytes")
+        if 8 + length > MAX_JSON_BYTES:
+            raise AdapterRefused(task, [f"{WEIGHTS} has a header of {length} bytes"])
+        ends = re.findall(rb'"data_offsets"\s*:\s*\[\s*\d+\s*,\s*(\d+)\s*\]', file.read(length))
+    declared = 8 + length + max((int(end) for end in ends), default=0)
+    if size < declared:
+        raise AdapterIncomplete(task, f"{WEIGHTS} has {size} of {declared} bytes")
+
+
+def _version(contents: Mapping[str, bytes]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(VERSIONED & contents.keys()):
+        digest.update(f"{name}\0{len(contents[name])}\0".encode())
+        digest.update(contents[name])
+    return digest.hexdigest()[:8]
