@@ -1,0 +1,141 @@
+"""The application's arguments, every key documented once, here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+Auto = Literal["auto"]
+GIB = 2**30
+
+
+class ConfigError(Exception):
+    """The configuration is wrong; the message is one sentence that names the key."""
+
+
+class Args(BaseModel):
+    """What `deployments.app:build` takes, from `args:` in YAML or `key=value` arguments."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base_model: str = Field(description="A local folder, or a hub id `org/name@revision`.")
+    adapter_store: str = Field(description="A directory with one PEFT folder a task.")
+    default_task: str | None = Field(
+        None, description="The task that `POST /predict`, the inference guide's route, answers."
+    )
+
+    quantization: Literal["auto", "none", "int8", "nf4"] = Field(
+        "auto", description="Of the base: auto is nf4 on a GPU, int8 on a CPU."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU if any.")
+
+    adapter_slots: Annotated[int, Field(ge=1, le=65536)] | Auto = Field(
+        "auto", description="Adapters resident at a time; auto is 64, fewer if memory is short."
+    )
+    max_lora_rank: Annotated[int, Field(ge=1, le=1024)] | Auto = Field(
+        "auto", description="Largest LoRA rank; auto is what the store holds, 16 at least."
+    )
+    max_labels: Annotated[int, Field(ge=1, le=65536)] | Auto = Field(
+        "auto", description="Most labels a task; auto is what the store holds, 16 at least."
+    )
+    lora_targets: tuple[str, ...] | Auto = Field(
+        "auto",
+        description="Ends of the module paths that adapters may target; auto is all linears.",
+    )
+    max_bank_gib: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="Memory for resident adapters on the device, a replica."
+    )
+    max_host_gib: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="RAM for adapters that were loaded and wait for a slot, a replica."
+    )
+
+    max_batch_rows: Annotated[int, Field(ge=1)] = Field(64, description="Most rows in a forward.")
+    max_batch_tokens: Annotated[int, Field(ge=1)] | Auto = Field(
+        "auto",
+        description="Most tokens in a forward, padded; auto is 16384 on a GPU, 2048 on a CPU.",
+    )
+
+    num_replicas: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Model replicas, fixed; 1 if neither this nor max_replicas is given."
+    )
+    min_replicas: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Fewest model replicas when autoscaled; 1 unless said."
+    )
+    max_replicas: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Most model replicas when autoscaled."
+    )
+    num_gpus: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="GPUs a model replica; 1 with device=cuda, else 0, unless said."
+    )
+    num_cpus: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="CPUs a model replica reserves and computes with; all of its node's "
+        "without reserving more than one, unless said.",
+    )
+
+    max_request_rows: Annotated[int, Field(ge=1)] = Field(1024, description="Most texts a request.")
+    max_body_bytes: Annotated[int, Field(ge=1024)] = Field(
+        4 * 2**20, description="Largest request body."
+    )
+
+    @field_validator("lora_targets", mode="before")
+    @classmethod
+    def _split_names(cls, value: Any) -> Any:
+        """The command line has no lists: `lora_targets=query,value`."""
+        return value.split(",") if isinstance(value, str) and value != "auto" else value
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_one_sentence(cls, data: Any, handler: Any) -> Any:
+        try:
+            args: Args = handler(data)
+        except ValidationError as error:
+            raise ConfigError("; ".join(_sentences(error))) from None
+        if args.num_replicas is not None and (args.min_replicas, args.max_replicas) != (None, None):
+            raise ConfigError("num_replicas and min_replicas/max_replicas exclude each other")
+        if args.max_replicas is None and args.min_replicas is not None:
+            raise ConfigError("min_replicas needs max_replicas beside it")
+        if args.max_replicas is not None and (args.min_replicas or 1) > args.max_replicas:
+            raise ConfigError("min_replicas is over max_replicas")
+        return args
+
+    @property
+    def gpus(self) -> float:
+        """GPUs that a model replica reserves."""
+        if self.num_gpus is not None:
+            return self.num_gpus
+        return 1.0 if self.device == "cuda" else 0.0
+
+    def absolute(self) -> Args:
+        """Return a copy whose local paths do not depend on the working directory."""
+        changes = {"adapter_store": str(Path(self.adapter_store).absolute())}
+        if Path(self.base_model).exists():
+            changes["base_model"] = str(Path(self.base_model).absolute())
+        return self.model_copy(update=changes)
+
+
+def _sentences(error: ValidationError) -> list[str]:
+    """Say what is wrong with each key, once a key."""
+    sentences: dict[str, str] = {}
+    for detail in error.errors():
+        key = str(detail["loc"][0]) if detail["loc"] else "args"
+        if detail["type"] == "extra_forbidden":
+            known = ", ".join(Args.model_fields)
+            sentences[key] = f"unknown key {key!r}; the keys are {known}"
+        elif detail["type"] == "missing":
+            sentences[key] = f"{key} is required"
+        else:
+            told = (
+                f"{key}={detail['input']!r} is wrong: {detail['msg'][0].lower()}{detail['msg'][1:]}"
+            )
+            sentences[key] = f"{sentences[key]}, or {detail['msg']}" if key in sentences else told
+    return list(sentences.values())

@@ -1,0 +1,95 @@
+"""What a caller can be told: one table from errors to HTTP and to builtin exceptions.
+
+    RequestError
+    ├── BadInput    422  the request says something that cannot be answered
+    ├── TooLarge    413  its body is over the limit
+    └── NotReady    503  no model replica can answer at the moment
+    AdapterError         (adapters/errors.py) 404 unknown, 503 for that task alone
+
+Unknown exceptions are logged and never echoed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from adapters.errors import AdapterChanged, AdapterIncomplete, AdapterRefused, TaskNotFound
+
+
+class RequestError(Exception):
+    """A request that gets no answer; the message is one sentence that says what to change."""
+
+    def __init__(self, detail: str) -> None:
+        """Take the sentence."""
+        super().__init__(detail)
+        self.detail = detail
+
+
+class BadInput(RequestError):
+    """The request says something that cannot be answered."""
+
+
+class TooLarge(RequestError):
+    """The request's body is over the limit."""
+
+
+class NotReady(RequestError):
+    """No model replica can answer at the moment."""
+
+
+class Problem(NamedTuple):
+    """An error as HTTP says it (RFC 9457).
+
+    Attributes:
+        status: HTTP status.
+        title: The kind of problem, the same for every occurrence.
+        detail: This occurrence, in one sentence.
+        retry_after_s: When another try is worth it, None if never.
+    """
+
+    status: int
+    title: str
+    detail: str
+    retry_after_s: int | None = None
+
+    def body(self) -> dict[str, object]:
+        """The problem+json document."""
+        return {
+            "type": "about:blank",
+            "title": self.title,
+            "status": self.status,
+            "detail": self.detail,
+        }
+
+    def exception(self) -> Exception:
+        """The builtin exception that a handle caller gets, who may have none of our code."""
+        kind = {404: LookupError, 413: ValueError, 422: ValueError}.get(self.status, RuntimeError)
+        return kind(self.detail)
+
+
+_TABLE: dict[type[Exception], tuple[int, str, int | None]] = {
+    BadInput: (422, "Invalid request", None),
+    TooLarge: (413, "Request too large", None),
+    NotReady: (503, "Not ready", 1),
+    TaskNotFound: (404, "Unknown task", None),
+    AdapterIncomplete: (503, "Adapter incomplete", 1),
+    AdapterChanged: (503, "Adapter changed", 1),
+    AdapterRefused: (503, "Adapter refused", None),
+}
+
+
+def to_problem(error: Exception) -> Problem | None:
+    """Return what a caller is told of an error, None for one that is ours to log."""
+    for kind, (status, title, retry_after_s) in _TABLE.items():
+        if isinstance(error, kind):
+            return Problem(status, title, str(_own(error, kind)), retry_after_s)
+    return None
+
+
+def _own(error: Exception, kind: type[Exception]) -> Exception:
+    """Unwrap what came through a handle: Ray raises a subclass that prints a whole traceback."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, kind) else error
+
+
+INTERNAL = Problem(500, "Internal error", "something went wrong here; the server's log says what")

@@ -1,0 +1,1 @@
+"""HTTP and handle calls to a task's model. Imports no torch."""

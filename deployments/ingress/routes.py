@@ -1,0 +1,106 @@
+"""HTTP only: paths, problem+json, and the generated documentation at /docs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Path, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from adapters.errors import AdapterError
+from deployments.errors import INTERNAL, BadInput, Problem, to_problem
+from deployments.ingress.limits import BodyLimit
+from deployments.ingress.predict import Predictor
+from deployments.ingress.tasks import Tasks
+from deployments.ingress.wire import PredictRequest
+
+logger = logging.getLogger("ray.serve")
+
+TaskName = Annotated[str, Path(description="The task's name: its folder in the store.")]
+# How many tasks are described at a time for a listing: a cold one is a load.
+_DESCRIBED_AT_ONCE = 8
+
+
+def make_api(
+    tasks: Tasks, predictor: Predictor, *, default_task: str | None, max_body_bytes: int
+) -> FastAPI:
+    """Return the HTTP application over a predictor and its tasks."""
+    api = FastAPI(title="onebase", description="One base model, every task.", redoc_url=None)
+    api.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    api.add_exception_handler(RequestValidationError, _invalid)
+    api.add_exception_handler(HTTPException, _http)
+    api.add_exception_handler(Exception, _any)
+
+    @api.post("/v1/tasks/{task}/predict", summary="Classify texts by a task's adapter")
+    async def predict(task: TaskName, body: PredictRequest) -> JSONResponse:
+        return JSONResponse(await predictor.predict(task, body))
+
+    @api.get("/v1/tasks", summary="All tasks")
+    async def list_tasks() -> JSONResponse:
+        turns = asyncio.Semaphore(_DESCRIBED_AT_ONCE)
+        return JSONResponse(
+            {"tasks": await asyncio.gather(*(_entry(tasks, n, turns) for n in await tasks.names()))}
+        )
+
+    @api.get("/v1/tasks/{task}", summary="A task's version, labels and rules")
+    async def get_task(task: TaskName) -> JSONResponse:
+        return JSONResponse(dict(await tasks.get(task)))
+
+    if default_task is not None:
+
+        @api.post("/predict", summary=f"The inference guide's route; answers {default_task}")
+        async def predict_default(body: PredictRequest) -> JSONResponse:
+            return JSONResponse(await predictor.predict(default_task, body))
+
+    return api
+
+
+async def _entry(tasks: Tasks, name: str, turns: asyncio.Semaphore) -> dict[str, Any]:
+    """Describe a task for the listing; one that cannot be served says why."""
+    async with turns:
+        try:
+            return dict(await tasks.get(name))
+        except AdapterError as error:
+            return {"task": name, "error": str(error)}
+
+
+def _respond(problem: Problem) -> JSONResponse:
+    retry = problem.retry_after_s
+    return JSONResponse(
+        problem.body(),
+        problem.status,
+        headers={} if retry is None else {"retry-after": str(retry)},
+        media_type="application/problem+json",
+    )
+
+
+async def _any(request: Request, error: Exception) -> JSONResponse:
+    problem = to_problem(error)
+    if problem is None:
+        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return _respond(problem or INTERNAL)
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    """Say what is wrong with a body in one sentence, each field once."""
+    assert isinstance(error, RequestValidationError)
+    sentences: dict[str, str] = {}
+    for detail in error.errors():
+        # ("body", "texts", 2, "str"): pydantic adds the branch of a union that did not fit.
+        where = [part for part in detail["loc"][1:3] if part != "str"]
+        name = "".join(f"[{part}]" if isinstance(part, int) else str(part) for part in where)
+        message = detail["msg"].removeprefix("Value error, ")
+        if detail["type"] == "extra_forbidden":
+            message = "is not a known field"
+        sentences.setdefault(name, f"{name}: {message}" if name else message)
+    return _respond(to_problem(BadInput("; ".join(sentences.values()))) or INTERNAL)
+
+
+async def _http(request: Request, error: Exception) -> JSONResponse:
+    """Starlette's own: no such path, no such method, a body that is not JSON."""
+    assert isinstance(error, HTTPException)
+    return _respond(Problem(error.status_code, "HTTP error", str(error.detail)))

@@ -1,0 +1,135 @@
+"""Which tasks there are, and what each says of itself, as the store's folders stand now."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from adapters.errors import AdapterError, AdapterIncomplete, AdapterRefused, TaskNotFound
+from adapters.store import Look, Store
+from deployments.rows import Facts
+
+Describe = Callable[[str], Awaitable[Facts]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    look: Look
+    said: Facts | AdapterRefused
+    checked_s: float
+
+
+class Tasks:
+    """What the model said of each folder, until the folder changes.
+
+    Owned by one event loop. A folder that is still being copied is waited for, and neither served
+    nor remembered; one that was refused is remembered until it changes.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        describe: Describe,
+        *,
+        settle_s: float = 1.0,
+        patience_s: float = 5.0,
+    ) -> None:
+        """Take the store, and who validates a folder.
+
+        Args:
+            store: Where the folders are.
+            describe: Asks the model; raises AdapterError.
+            settle_s: A folder counts as copied when it has not changed for so long; also how
+                often a known one is looked at.
+            patience_s: How long a request waits for a folder to settle.
+        """
+        self._store = store
+        self._describe = describe
+        self._settle_s = settle_s
+        self._patience_s = patience_s
+        self._known: dict[str, _Known] = {}
+        self._flights: dict[str, asyncio.Task[Facts]] = {}
+
+    async def names(self) -> list[str]:
+        """Return the names of all tasks in the store, sorted."""
+        return await asyncio.to_thread(self._store.tasks)
+
+    async def get(self, task: str) -> Facts:
+        """Return what a task is.
+
+        Raises:
+            TaskNotFound: The store has no such folder.
+            AdapterIncomplete: It is still being copied.
+            AdapterRefused: It cannot be served.
+        """
+        known = self._known.get(task)
+        if known is not None and time.monotonic() - known.checked_s < self._settle_s:
+            return _told(known)
+        flight = self._flights.get(task)
+        if flight is None:
+            # Shared by all requests for the task, and not ended by the first of them going away.
+            flight = asyncio.get_running_loop().create_task(self._refresh(task))
+            self._flights[task] = flight
+            flight.add_done_callback(lambda done: self._landed(task, done))
+        return await asyncio.shield(flight)
+
+    def forget(self, task: str) -> None:
+        """Look at a task's folder again at its next request."""
+        self._known.pop(task, None)
+
+    def _landed(self, task: str, flight: asyncio.Task[Facts]) -> None:
+        del self._flights[task]
+        if not flight.cancelled():
+            flight.exception()  # seen here, so that a flight that nobody waits for is no warning
+
+    async def _refresh(self, task: str) -> Facts:
+        known = self._known.get(task)
+        try:
+            look = await self._settled(task, known)
+            if known is not None and look == known.look:
+                said = known.said
+            else:
+                said = await self._ask(task)
+        except TaskNotFound:
+            self.forget(task)
+            raise
+        except AdapterIncomplete:
+            # A new copy over a served folder: the old one answers until the new one is whole.
+            if known is None:
+                raise
+            look, said = known.look, known.said
+        fresh = _Known(look, said, time.monotonic())
+        self._known[task] = fresh
+        return _told(fresh)
+
+    async def _settled(self, task: str, known: _Known | None) -> Look:
+        """Wait until a folder has not changed for a while, and return its look."""
+        look = await asyncio.to_thread(self._store.look, task)
+        seen_s = started_s = time.monotonic()
+        while known is None or look != known.look:
+            now_s = time.monotonic()
+            # Clocks of a store and of this machine may differ: what we watched counts as well.
+            quiet_s = max(time.time() - look.changed_s, now_s - seen_s)
+            if quiet_s >= self._settle_s:
+                break
+            if known is not None or now_s - started_s > self._patience_s:
+                raise AdapterIncomplete(task, "its folder is still changing")
+            await asyncio.sleep(min(0.1, self._settle_s - quiet_s))
+            before, look = look, await asyncio.to_thread(self._store.look, task)
+            if look != before:
+                seen_s = time.monotonic()
+        return look
+
+    async def _ask(self, task: str) -> Facts | AdapterRefused:
+        try:
+            return await self._describe(task)
+        except AdapterRefused as error:
+            return AdapterRefused(error.task, error.problems)  # as ours, without its traceback
+
+
+def _told(known: _Known) -> Facts:
+    if isinstance(known.said, AdapterError):
+        raise known.said
+    return known.said

@@ -1,0 +1,87 @@
+"""The native JSON: what a request may say, and how an answer is shaped."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from deployments.rows import Facts
+
+UNCERTAIN = "Uncertain"
+_MULTI_LABEL_THRESHOLD = 0.5
+
+
+class Pair(BaseModel):
+    """Two texts that are read as one input."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    text: str
+    text_pair: str
+
+
+class PredictRequest(BaseModel):
+    """`POST /v1/tasks/{task}/predict`."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        json_schema_extra={
+            "examples": [{"texts": ["I absolutely loved this product!"], "return_scores": True}]
+        },
+    )
+
+    texts: list[str | Pair] | None = Field(None, description="The inputs, one result each.")
+    text: str | Pair | None = Field(None, description="A single input, instead of `texts`.")
+    return_scores: bool = Field(False, description="Whether a result has its probabilities.")
+    threshold: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description='Below it the prediction is "Uncertain"; else the task\'s own.'
+    )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> PredictRequest:
+        if (self.texts is None) == (self.text is None):
+            raise ValueError("give either texts, a list, or text, a single input")
+        return self
+
+    @property
+    def inputs(self) -> list[str | Pair]:
+        """The inputs, whichever way they came."""
+        return self.texts if self.texts is not None else [self.text]  # type: ignore[list-item]
+
+
+def to_result(
+    facts: Facts, scores: list[float], *, return_scores: bool, threshold: float | None
+) -> dict[str, Any]:
+    """Shape one answer.
+
+    Args:
+        facts: The task.
+        scores: One a label: probabilities, or values for a regression.
+        return_scores: Whether to add `probabilities`, and `confidence` of a single label.
+        threshold: The request's own; the task's if None.
+
+    Returns:
+        `prediction`: the label, or "Uncertain" under the threshold; the list of labels at or over
+        it (0.5 unless said) if several can hold; the value, or values, of a regression.
+    """
+    if threshold is None:
+        threshold = facts["threshold"]
+    labels = facts["labels"]
+    if facts["problem_type"] == "regression":
+        return {"prediction": scores[0] if len(scores) == 1 else scores}
+    result: dict[str, Any]
+    if facts["problem_type"] == "multi_label_classification":
+        least = _MULTI_LABEL_THRESHOLD if threshold is None else threshold
+        result = {"prediction": [n for n, s in zip(labels, scores, strict=True) if s >= least]}
+    else:
+        confidence = max(scores)
+        sure = threshold is None or confidence >= threshold
+        result = {"prediction": labels[scores.index(confidence)] if sure else UNCERTAIN}
+        if return_scores:
+            result["confidence"] = confidence
+    if return_scores:
+        result["probabilities"] = dict(zip(labels, scores, strict=True))
+    return result

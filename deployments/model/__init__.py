@@ -1,0 +1,1 @@
+"""The deployment on the device, and the engine inside it."""

@@ -1,0 +1,169 @@
+"""The Ray Serve deployment on the device: adapters in and out of slots, rows through the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+
+from adapters.errors import AdapterChanged
+from adapters.host import Host
+from adapters.slots import Slots
+from adapters.store import Store
+from deployments.config import GIB, Args
+from deployments.model.dynamic_batch import batch_queue, dynamic_batch
+from deployments.model.encoder import BaseName, compute_dtype
+from deployments.model.engine import Engine, Loaded, choose_device
+from deployments.model.facts import to_facts
+from deployments.model.planner import Planner
+from deployments.model.sizing import choose_sizes
+from deployments.model.vocabulary import export_vocabulary, to_pages
+from deployments.rows import Facts, Prediction, ProblemType, Row, Tokens
+
+logger = logging.getLogger("ray.serve")
+T = TypeVar("T")
+
+
+class Model:
+    """One base on one device, its resident adapters, and the queue of rows before it.
+
+    The event loop owns queue, slots and host cache; one thread owns all work on the device.
+    """
+
+    async def __init__(self, args: Args) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+        """Load the base; the replica takes traffic when this returns."""
+        threads = args.num_cpus or len(os.sched_getaffinity(0))
+        # Thread counts are a thread's own, and Ray would leave this one a single core.
+        self._device = ThreadPoolExecutor(1, "forward", torch.set_num_threads, (threads,))
+        self.store = Store(args.adapter_store)
+        self.engine = await self._on_device(_make_engine, args, self.store)
+        vocabulary = export_vocabulary(self.engine.encoder)
+        self._max_length = vocabulary["max_length"]
+        self._pages = to_pages(vocabulary)
+        self.planner = make_planner(args, self.engine.device)
+        self.host: Host[Loaded] = Host(int(args.max_host_gib * GIB), lambda item: item.row.nbytes)
+        self.slots = Slots(self.engine.encoder.bank.num_slots, self._load)
+        logger.info(
+            "base=%s quantization=%s device=%s slots=%d bank_bytes=%d threads=%d",
+            args.base_model,
+            self.engine.quantization,
+            self.engine.device,
+            self.engine.encoder.bank.num_slots - 1,
+            self.engine.encoder.bank.memory.nbytes,
+            threads,
+        )
+
+    async def vocabulary_page(self, page: int) -> bytes:
+        """Return a page of the tokenizer (`deployments.model.vocabulary`), empty past the last."""
+        return self._pages[page] if page < len(self._pages) else b""
+
+    async def describe(self, task: str) -> Facts:
+        """Read a task's folder as it is now, validate it whole, and keep it in RAM.
+
+        Raises:
+            AdapterError: The task is not there, not complete, or refused with all its problems.
+        """
+        loaded = await self._read(task)
+        self.host.put(f"{task}@{loaded.artifact.version}", loaded)
+        return to_facts(loaded.artifact, self._max_length)
+
+    async def predict(
+        self,
+        task: str,
+        version: str,
+        problem_type: ProblemType,
+        inputs: list[tuple[list[int], list[int] | None]],
+    ) -> list[list[float] | str]:
+        """Answer inputs of one task.
+
+        Args:
+            task: The task.
+            version: The version that must answer; no other will.
+            problem_type: How its logits become scores.
+            inputs: (ids, type ids) of each input, see `deployments.rows.Tokens`.
+
+        Returns:
+            For each input its scores, one a label, or a sentence where it alone failed.
+
+        Raises:
+            AdapterError: The version cannot be had.
+            BatchLoopDied: This replica can answer nothing any more.
+        """
+        async with self.slots.pin(f"{task}@{version}") as slot:
+            rows = [Row(slot, Tokens(*given), problem_type) for given in inputs]
+            answers = await asyncio.gather(
+                *(self.answer(row) for row in rows), return_exceptions=True
+            )
+        return [_as_data(answer) for answer in answers]
+
+    @dynamic_batch
+    async def answer(self, rows: list[Row]) -> list[Prediction | Exception]:
+        """Answer one row; what reaches the body is the batch that it went through in."""
+        return await self._on_device(self.engine.predict, rows)
+
+    async def check_health(self) -> None:
+        """Raise if no row can be answered any more, so that Serve replaces this replica."""
+        queue = batch_queue(self.answer)
+        if queue is not None and not queue.alive:
+            raise RuntimeError("the batch loop has ended")
+
+    async def _read(self, task: str, version: str | None = None) -> Loaded:
+        """Read and validate a folder off the event loop, so that other rows keep flowing."""
+        files = await asyncio.to_thread(self.store.read, task)
+        if version is not None and files.version != version:
+            raise AdapterChanged(task, version, files.version)
+        return await asyncio.to_thread(self.engine.read, files)
+
+    async def _load(self, name: str, slot: int) -> None:
+        """Bring `task@version` into a slot, through the host's RAM."""
+        started_s = time.perf_counter()
+        task, _, version = name.partition("@")
+        loaded = await self.host.get(name, lambda: self._read(task, version))
+        await self._on_device(self.engine.write, slot, loaded)
+        logger.info(
+            "adapter=%s to=slot:%d bytes=%d ms=%.1f",
+            name,
+            slot,
+            loaded.row.nbytes,
+            1e3 * (time.perf_counter() - started_s),
+        )
+
+    async def _on_device(self, work: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._device, work, *args)
+
+
+def make_planner(args: Args, device: torch.device) -> Planner:
+    """Return the planner for a device: on a CPU a forward of 2048 tokens takes about a second."""
+    tokens = args.max_batch_tokens
+    if tokens == "auto":
+        tokens = 16384 if device.type == "cuda" else 2048
+    return Planner(max_rows=args.max_batch_rows, max_tokens=tokens)
+
+
+def _make_engine(args: Args, store: Store) -> Engine:
+    base, device = BaseName.parse(args.base_model), choose_device(args.device)
+    sizes = choose_sizes(args, base, store, compute_dtype(device))
+    return Engine(
+        args.base_model,
+        quantization=args.quantization,
+        device=device.type,
+        adapter_slots=sizes.adapter_slots,
+        max_lora_rank=sizes.max_lora_rank,
+        max_labels=sizes.max_labels,
+        lora_targets=sizes.lora_targets,
+    )
+
+
+def _as_data(answer: Prediction | BaseException) -> list[float] | str:
+    """Return a row's scores, or the sentence of its own problem; anything else is raised."""
+    if isinstance(answer, Prediction):
+        return answer.scores
+    if isinstance(answer, ValueError):
+        return str(answer)
+    raise answer

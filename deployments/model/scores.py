@@ -1,0 +1,42 @@
+"""Logits to predictions, in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from deployments.rows import Prediction, Row
+
+
+def to_predictions(
+    logits: torch.Tensor, num_labels: Sequence[int], rows: Sequence[Row]
+) -> list[Prediction]:
+    """Score a batch, each row by its own problem type.
+
+    Args:
+        logits: [rows, max_labels], fp32, any device; a row's labels beyond its own are ignored.
+        num_labels: Labels of each row.
+        rows: The rows, for their problem types.
+
+    Returns:
+        A prediction a row: softmax for one label of many (stable for any logits), sigmoid for
+        any of many, the logits themselves for regression.
+    """
+    logits = logits.float().cpu()
+    counts = torch.tensor(num_labels).unsqueeze(1)
+    absent = torch.arange(logits.shape[1]).unsqueeze(0) >= counts
+    softmax = logits.masked_fill(absent, float("-inf")).softmax(dim=1).tolist()
+    sigmoid = logits.sigmoid().tolist()
+    predictions = []
+    for index, (values, count, row) in enumerate(
+        zip(logits.tolist(), num_labels, rows, strict=True)
+    ):
+        if row.problem_type == "single_label_classification":
+            scores = softmax[index][:count]
+        elif row.problem_type == "multi_label_classification":
+            scores = sigmoid[index][:count]
+        else:
+            scores = values[:count]
+        predictions.append(Prediction(values[:count], scores))
+    return predictions

@@ -1,0 +1,46 @@
+"""AutoTokenizer's backend, exported once for those that must not import torch."""
+
+from __future__ import annotations
+
+import zlib
+
+import orjson
+from transformers import AutoTokenizer
+
+from deployments.model.encoder import BaseUnavailable, Encoder
+from deployments.tokens import Vocabulary
+
+# Handle messages are capped at 4 MB in throughput mode, and a tokenizer may be larger.
+PAGE_BYTES = 2**20
+
+
+def export_vocabulary(encoder: Encoder) -> Vocabulary:
+    """Return the base's tokenizer, its own truncation and padding cleared.
+
+    Raises:
+        BaseUnavailable: The base has no tokenizer, or none with a Rust backend.
+    """
+    base = encoder.base
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base.path, revision=base.revision)
+        backend = tokenizer.backend_tokenizer
+    except (OSError, ValueError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BaseUnavailable(f"base_model={base.path!r} has no fast tokenizer: {reason}") from None
+    backend.no_truncation()
+    backend.no_padding()
+    # A tokenizer without a limit says 1e30; a base without one (rotary positions) says nothing.
+    limits = [tokenizer.model_max_length, encoder.max_positions]
+    return Vocabulary(
+        backend=backend.to_str(),
+        max_length=min(int(limit) for limit in limits if limit is not None),
+        truncation_side=tokenizer.truncation_side,
+        split_special_tokens=tokenizer.split_special_tokens,
+        type_ids="token_type_ids" in tokenizer.model_input_names,
+    )
+
+
+def to_pages(vocabulary: Vocabulary) -> list[bytes]:
+    """Cut a vocabulary into compressed pages of at most `PAGE_BYTES`."""
+    packed = zlib.compress(orjson.dumps(vocabulary), level=6)
+    return [packed[start : start + PAGE_BYTES] for start in range(0, len(packed), PAGE_BYTES)]

@@ -1,0 +1,86 @@
+"""The types that ingress, queue and engine share. No torch, no ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypedDict
+
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+
+
+class Tokens(NamedTuple):
+    """One input as the base reads it, special tokens included, not padded.
+
+    Attributes:
+        ids: Token ids, [tokens].
+        type_ids: Segment ids, [tokens], or None where all are 0.
+    """
+
+    ids: list[int]
+    type_ids: list[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One input with the slot that answers it.
+
+    Attributes:
+        slot: Row of the bank, 1 or more.
+        tokens: What the base reads.
+        problem_type: How logits become scores.
+    """
+
+    slot: int
+    tokens: Tokens
+    problem_type: ProblemType = "single_label_classification"
+
+    @property
+    def num_tokens(self) -> int:
+        """Length before padding."""
+        return len(self.tokens.ids)
+
+
+class Prediction(NamedTuple):
+    """A row's answer.
+
+    Attributes:
+        logits: One a label, as the head gave them, fp32.
+        scores: One a label: softmax, sigmoid, or the value itself, by problem type.
+    """
+
+    logits: list[float]
+    scores: list[float]
+
+
+class Facts(TypedDict):
+    """What a task is, as the model told the ingress after validating its adapter.
+
+    Attributes:
+        task: Its name.
+        version: 8 hex digits, see `adapters.store.Files`.
+        labels: By index.
+        problem_type: How logits become scores.
+        threshold: The rules' own, or None.
+        max_length: Longest input in tokens: the rules', else what the base can take.
+        truncation: `longest_first`, `only_first`, `only_second`, or None to refuse longer inputs.
+        pair: Whether an input is a pair of texts.
+        guessed: Which of labels, problem_type and max_length nothing in the folder says.
+        method: `lora`.
+        rank: LoRA rank.
+        targets: The modules that have LoRA.
+        num_bytes: Size of the adapter's tensors.
+    """
+
+    task: str
+    version: str
+    labels: list[str]
+    problem_type: ProblemType
+    threshold: float | None
+    max_length: int
+    truncation: str | None
+    pair: bool
+    guessed: list[str]
+    method: str
+    rank: int
+    targets: list[str]
+    num_bytes: int
