@@ -29,7 +29,7 @@ serve: setup  ## Serve serve_config.yaml until Ctrl-C
 	RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S=0 \
 	RAY_AUTH_MODE=token \
 	RAY_USAGE_STATS_ENABLED=0 \
-	exec $(BIN)/serve run serve_config.yaml
+	exec $(BIN)/python -m deployments serve_config.yaml
 
 test: setup  ## Run the tests, but for those marked slow
 	$(BIN)/python -m pytest

@@ -14,6 +14,8 @@ from pydantic import (
     model_validator,
 )
 
+from deployments.base import BaseName
+
 Auto = Literal["auto"]
 GIB = 2**30
 
@@ -87,6 +89,12 @@ class Args(BaseModel):
         4 * 2**20, description="Largest request body."
     )
 
+    @field_validator("base_model")
+    @classmethod
+    def _names_a_base(cls, value: str) -> str:
+        BaseName.parse(value)
+        return value
+
     @field_validator("lora_targets", mode="before")
     @classmethod
     def _split_names(cls, value: Any) -> Any:
@@ -134,6 +142,9 @@ def _sentences(error: ValidationError) -> list[str]:
         elif detail["type"] == "missing":
             sentences[key] = f"{key} is required"
         else:
+            if detail["type"] == "value_error":
+                sentences[key] = str(detail["ctx"]["error"])
+                continue
             told = (
                 f"{key}={detail['input']!r} is wrong: {detail['msg'][0].lower()}{detail['msg'][1:]}"
             )

@@ -16,9 +16,10 @@ from adapters.errors import AdapterChanged
 from adapters.host import Host
 from adapters.slots import Slots
 from adapters.store import Store
+from deployments.base import BaseName
 from deployments.config import GIB, Args
 from deployments.model.dynamic_batch import batch_queue, dynamic_batch
-from deployments.model.encoder import BaseName, compute_dtype
+from deployments.model.encoder import compute_dtype
 from deployments.model.engine import Engine, Loaded, choose_device
 from deployments.model.facts import to_facts
 from deployments.model.planner import Planner

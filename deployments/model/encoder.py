@@ -3,59 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Collection
-from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import cached_file, logging
 
-from adapters.geometry import Geometry, SiteShape, hub_id
+from adapters.geometry import Geometry, SiteShape
+from deployments.base import BaseName, BaseUnavailable
 from deployments.model.bank import Bank, Field
 from deployments.model.quantize import Quantization, quantize
 from deployments.model.sites import HeadSite, LoraSite
-
-AUTO = "auto"
-
-
-class BaseUnavailable(ValueError):
-    """The base cannot be loaded or served; the message is one sentence that says what to change."""
-
-
-@dataclass(frozen=True, slots=True)
-class BaseName:
-    """Where a base comes from: a local folder, or a hub id with its revision.
-
-    Attributes:
-        path: A folder, or `org/name`.
-        revision: After the `@` of a hub id, else None.
-        hub_id: `org/name`, or None for a folder.
-    """
-
-    path: str
-    revision: str | None
-    hub_id: str | None
-
-    @classmethod
-    def parse(cls, name: str) -> BaseName:
-        """Read `base_model`: what exists as a folder is one, else it must be a hub id.
-
-        Raises:
-            BaseUnavailable: It is neither.
-        """
-        if Path(name).is_dir():
-            return cls(os.fspath(Path(name).absolute()), None, None)
-        stem = hub_id(name)
-        if stem is None or name.startswith((".", "/")):
-            raise BaseUnavailable(
-                f"base_model={name!r} is neither a folder nor a hub id (org/name@revision)"
-            )
-        _, _, revision = name.partition("@")
-        return cls(stem, revision or None, stem)
 
 
 class Encoder:

@@ -9,7 +9,8 @@ import torch
 
 from adapters.artifact import Artifact, read_artifact
 from adapters.store import Files
-from deployments.model.encoder import BaseName, Encoder
+from deployments.base import BaseName
+from deployments.model.encoder import Encoder
 from deployments.model.quantize import choose
 from deployments.model.scores import to_predictions
 from deployments.rows import Prediction, Row

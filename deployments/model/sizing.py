@@ -10,8 +10,9 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from adapters.store import Store
+from deployments.base import BaseName
 from deployments.config import GIB, Args, ConfigError
-from deployments.model.encoder import BaseName, base_config, head_paths, is_target
+from deployments.model.encoder import base_config, head_paths, is_target
 
 _SLOTS, _RANK, _LABELS = 64, 16, 16  # what `auto` aims at, so that an empty store works
 

@@ -7,7 +7,8 @@ import zlib
 import orjson
 from transformers import AutoTokenizer
 
-from deployments.model.encoder import BaseUnavailable, Encoder
+from deployments.base import BaseUnavailable
+from deployments.model.encoder import Encoder
 from deployments.tokens import Vocabulary
 
 # Handle messages are capped at 4 MB in throughput mode, and a tokenizer may be larger.
