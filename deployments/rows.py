@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict
 
-ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+from adapters.spec import ProblemType
 
 
 class Tokens(NamedTuple):

@@ -10,19 +10,19 @@ from typing import Any
 
 import orjson
 from fastapi import FastAPI
-from pydantic import ValidationError
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from adapters.spec import ProblemType
 from adapters.store import Store
 from deployments.config import Args
-from deployments.errors import INTERNAL, BadInput, NotReady, to_problem
+from deployments.errors import INTERNAL, NotReady, to_problem
 from deployments.ingress.predict import Answers, Encodings, Predictor
 from deployments.ingress.routes import make_api
 from deployments.ingress.tasks import Tasks
-from deployments.ingress.wire import PredictRequest
-from deployments.rows import Facts, ProblemType
+from deployments.ingress.wire import to_request
+from deployments.rows import Facts
 from deployments.tokens import Tokenizer
 
 logger = logging.getLogger("ray.serve")
@@ -73,18 +73,8 @@ class Ingress:
             ValueError: The input cannot be answered; the message says what to change.
             RuntimeError: The task's adapter, or the model, is not available.
         """
-        given = {"texts": texts} if isinstance(texts, (list, tuple)) else {"text": texts}
-        if isinstance(texts, tuple):
-            given = {"texts": list(texts)}
         try:
-            try:
-                request = PredictRequest.model_validate(
-                    {**given, "return_scores": return_scores, "threshold": threshold}
-                )
-            except ValidationError as error:
-                first = error.errors()[0]
-                where = ".".join(str(part) for part in first["loc"][:2])
-                raise BadInput(f"{where}: {first['msg']}") from None
+            request = to_request(texts, return_scores=return_scores, threshold=threshold)
             return await self._predictor.predict(task, request)
         except Exception as error:
             problem = to_problem(error)

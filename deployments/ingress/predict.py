@@ -8,10 +8,11 @@ from collections.abc import Awaitable, Sequence
 from typing import Any, Protocol
 
 from adapters.errors import AdapterChanged
+from adapters.spec import ProblemType
 from deployments.errors import BadInput
 from deployments.ingress.tasks import Tasks
 from deployments.ingress.wire import Pair, PredictRequest, to_result
-from deployments.rows import Facts, ProblemType
+from deployments.rows import Facts
 from deployments.tokens import Encoded, Input, Tokenizer
 
 # Tokens in one handle call: these messages are capped at 4 MB in throughput mode.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from http import HTTPStatus
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Path, Request
@@ -12,11 +13,11 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from adapters.errors import AdapterError
-from deployments.errors import INTERNAL, BadInput, Problem, to_problem
+from deployments.errors import INTERNAL, BadInput, Problem, RequestError, to_problem
 from deployments.ingress.limits import BodyLimit
 from deployments.ingress.predict import Predictor
 from deployments.ingress.tasks import Tasks
-from deployments.ingress.wire import PredictRequest
+from deployments.ingress.wire import PredictRequest, explain
 
 logger = logging.getLogger("ray.serve")
 
@@ -33,7 +34,10 @@ def make_api(
     api.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     api.add_exception_handler(RequestValidationError, _invalid)
     api.add_exception_handler(HTTPException, _http)
-    api.add_exception_handler(Exception, _any)
+    # By name, since Starlette also raises on what the handler of Exception has answered: Serve
+    # would log a traceback for every caller's mistake.
+    for kind in (RequestError, AdapterError, Exception):
+        api.add_exception_handler(kind, _any)
 
     @api.post("/v1/tasks/{task}/predict", summary="Classify texts by a task's adapter")
     async def predict(task: TaskName, body: PredictRequest) -> JSONResponse:
@@ -86,21 +90,22 @@ async def _any(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
-    """Say what is wrong with a body in one sentence, each field once."""
+    """A body that is not what the route takes."""
     assert isinstance(error, RequestValidationError)
-    sentences: dict[str, str] = {}
-    for detail in error.errors():
-        # ("body", "texts", 2, "str"): pydantic adds the branch of a union that did not fit.
-        where = [part for part in detail["loc"][1:3] if part != "str"]
-        name = "".join(f"[{part}]" if isinstance(part, int) else str(part) for part in where)
-        message = detail["msg"].removeprefix("Value error, ")
-        if detail["type"] == "extra_forbidden":
-            message = "is not a known field"
-        sentences.setdefault(name, f"{name}: {message}" if name else message)
-    return _respond(to_problem(BadInput("; ".join(sentences.values()))) or INTERNAL)
+    return _respond(to_problem(BadInput(explain(error.errors(), skip=1))) or INTERNAL)
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:
-    """Starlette's own: no such path, no such method, a body that is not JSON."""
+    """Starlette's own: no such path, no such method, a body whose reading was ended."""
     assert isinstance(error, HTTPException)
-    return _respond(Problem(error.status_code, "HTTP error", str(error.detail)))
+    if isinstance(error.__cause__, RequestError):  # FastAPI turns what ends the reading into a 400
+        return await _any(request, error.__cause__)
+    path, allowed = request.url.path, (error.headers or {}).get("Allow")
+    detail = str(error.detail)
+    if error.status_code == 404:
+        detail = f"there is no path {path}; see /docs for those that exist"
+    elif allowed:
+        detail = f"{path} does not take {request.method}; use {allowed}"
+    response = _respond(Problem(error.status_code, HTTPStatus(error.status_code).phrase, detail))
+    response.headers.update(error.headers or {})
+    return response

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from deployments.errors import BadInput
 from deployments.rows import Facts
 
 UNCERTAIN = "Uncertain"
@@ -50,6 +52,42 @@ class PredictRequest(BaseModel):
     def inputs(self) -> list[str | Pair]:
         """The inputs, whichever way they came."""
         return self.texts if self.texts is not None else [self.text]  # type: ignore[list-item]
+
+
+def to_request(texts: Any, *, return_scores: Any, threshold: Any) -> PredictRequest:
+    """Validate what a handle call was given.
+
+    Raises:
+        BadInput: It says what is wrong.
+    """
+    many = isinstance(texts, (list, tuple))
+    given = {"texts": list(texts)} if many else {"text": texts}
+    try:
+        return PredictRequest.model_validate(
+            {**given, "return_scores": return_scores, "threshold": threshold}
+        )
+    except ValidationError as error:
+        raise BadInput(explain(error.errors())) from None
+
+
+def explain(errors: Sequence[Any], skip: int = 0) -> str:
+    """Say what is wrong in one sentence, each field once.
+
+    Args:
+        errors: pydantic's details.
+        skip: Parts of their locations to leave out: FastAPI puts `body` first.
+    """
+    sentences: dict[str, str] = {}
+    for detail in errors:
+        # ("texts", 2, "str"): the field, the index, and a branch of a union that did not fit.
+        where = detail["loc"][skip:][:2]
+        name = "".join(f"[{part}]" if isinstance(part, int) else part for part in where[:1])
+        name += f"[{where[1]}]" if len(where) > 1 and isinstance(where[1], int) else ""
+        message = detail["msg"].removeprefix("Value error, ")
+        if detail["type"] == "extra_forbidden":
+            message = "is not a known field"
+        sentences.setdefault(name, f"{name}: {message}" if name else message)
+    return "; ".join(sentences.values())
 
 
 def to_result(

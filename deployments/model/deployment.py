@@ -15,6 +15,7 @@ import torch
 from adapters.errors import AdapterChanged
 from adapters.host import Host
 from adapters.slots import Slots
+from adapters.spec import ProblemType
 from adapters.store import Store
 from deployments.base import BaseName
 from deployments.config import GIB, Args
@@ -25,7 +26,7 @@ from deployments.model.facts import to_facts
 from deployments.model.planner import Planner
 from deployments.model.sizing import choose_sizes
 from deployments.model.vocabulary import export_vocabulary, to_pages
-from deployments.rows import Facts, Prediction, ProblemType, Row, Tokens
+from deployments.rows import Facts, Prediction, Row, Tokens
 
 logger = logging.getLogger("ray.serve")
 T = TypeVar("T")

@@ -81,6 +81,9 @@ def _bitsandbytes(linear: nn.Linear, quantization: Quantization, device: torch.d
             quant_type="nf4",
             module=new,
         )
+        # Its fused kernel for CPUs with AVX-512-BF16 rounds inputs and outputs to bf16 whatever
+        # compute_dtype says, so that padding moves an answer, and lets no gradient through.
+        new.support_avx512bf16_for_cpu = False
     else:
         new = bnb.nn.Linear8bitLt(**shape, has_fp16_weights=False, threshold=0.0)
         new.weight = bnb.nn.Int8Params(
