@@ -11,7 +11,7 @@ ifneq ($(wildcard /etc/ssl/certs/ca-certificates.crt),)
 export UV_SYSTEM_CERTS ?= 1
 endif
 
-.PHONY: help setup serve test test-all check bench train lock clean
+.PHONY: help setup serve test test-all check bench train readme lock clean
 # A venv that failed half-way (Debian without python3-venv) must not look like one.
 .DELETE_ON_ERROR:
 
@@ -21,7 +21,7 @@ help:  ## Print this list (the default)
 setup: $(STAMP)  ## Build .venv and examples/base, if they are not up to date
 
 serve: setup  ## Serve serve_config.yaml until Ctrl-C
-# HAProxy and throughput mode: 4 times the requests of Serve's default, at a quarter of the latency.
+# HAProxy and throughput mode: Serve's default proxy costs more than the model does.
 # Token: replicas unpickle what reaches their ports, so nobody else may.
 # Draining: without the 0, replacing an ingress replica takes 30 s.
 	RAY_SERVE_ENABLE_HA_PROXY=1 \
@@ -50,6 +50,9 @@ bench: setup  ## Run the benchmarks
 
 train: setup  ## Train the example adapters anew
 	$(BIN)/python examples/train.py
+
+readme: setup  ## Write the numbers in README.md anew
+	$(BIN)/python docs/readme.py
 
 # Keeps the versions that are locked already: `make lock UPGRADE=--upgrade` takes the newest.
 # No index address goes into the file, so it installs from any mirror.

@@ -43,3 +43,7 @@ class BaseName:
             )
         _, _, revision = name.partition("@")
         return cls(stem, revision or None, stem)
+
+    def __str__(self) -> str:
+        """The name as `base_model` gives it."""
+        return f"{self.path}@{self.revision}" if self.revision else self.path

@@ -17,6 +17,7 @@ from pydantic import (
 from deployments.base import BaseName
 
 Auto = Literal["auto"]
+Name = Annotated[str, Field(min_length=1)]
 GIB = 2**30
 
 
@@ -27,7 +28,7 @@ class ConfigError(Exception):
 class Args(BaseModel):
     """What `deployments.app:build` takes, from `args:` in YAML or `key=value` arguments."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     base_model: str = Field(description="A local folder, or a hub id `org/name@revision`.")
     adapter_store: str = Field(description="A directory with one PEFT folder a task.")
@@ -49,7 +50,7 @@ class Args(BaseModel):
     max_labels: Annotated[int, Field(ge=1, le=65536)] | Auto = Field(
         "auto", description="Most labels a task; auto is what the store holds, 16 at least."
     )
-    lora_targets: tuple[str, ...] | Auto = Field(
+    lora_targets: Annotated[tuple[Name, ...], Field(min_length=1)] | Auto = Field(
         "auto",
         description="Ends of the module paths that adapters may target; auto is all linears.",
     )
@@ -99,7 +100,9 @@ class Args(BaseModel):
     @classmethod
     def _split_names(cls, value: Any) -> Any:
         """The command line has no lists: `lora_targets=query,value`."""
-        return value.split(",") if isinstance(value, str) and value != "auto" else value
+        if not isinstance(value, str) or value == "auto":
+            return value
+        return [name.strip() for name in value.split(",")]
 
     @model_validator(mode="wrap")
     @classmethod

@@ -86,6 +86,10 @@ def explain(errors: Sequence[Any], skip: int = 0) -> str:
         message = detail["msg"].removeprefix("Value error, ")
         if detail["type"] == "extra_forbidden":
             message = "is not a known field"
+        elif detail["type"] == "json_invalid":
+            name, message = "", f"the body is not valid JSON: {detail['ctx']['error']}"
+        elif not name and detail["type"] != "value_error":
+            message = "the body must be a JSON object, sent with content-type: application/json"
         sentences.setdefault(name, f"{name}: {message}" if name else message)
     return "; ".join(sentences.values())
 

@@ -67,13 +67,7 @@ class Encoder:
         for path in head:
             fields += HeadSite.fields(linears[path], path)
         self.bank = Bank(fields, num_slots, device)
-        sites: dict[str, SiteShape] = {}
-        for path, linear in targets.items():
-            self._install(path, LoraSite(linear, path, self.bank, self.dtype, max_rank))
-            sites[path] = _shape("lora", linear)
-        for path in head:
-            self._install(path, HeadSite(linears[path], path, self.bank))
-            sites[path] = _shape("head", linears[path], labelled=path == head[-1])
+        sites = self._install(targets, {path: linears[path] for path in head}, max_rank)
         nn.Module.to(self.model, device)
         self.geometry = Geometry(
             architecture=type(self.model).__name__,
@@ -85,7 +79,20 @@ class Encoder:
             max_positions=self.max_positions,
         )
 
-    def _install(self, path: str, site: nn.Module) -> None:
+    def _install(
+        self, targets: dict[str, nn.Linear], head: dict[str, nn.Linear], max_rank: int
+    ) -> dict[str, SiteShape]:
+        """Put sites in the place of linears, and say which; the last of the head gives logits."""
+        sites: dict[str, SiteShape] = {}
+        for path, linear in targets.items():
+            self._replace(path, LoraSite(linear, path, self.bank, self.dtype, max_rank))
+            sites[path] = _shape("lora", linear)
+        for path, linear in head.items():
+            self._replace(path, HeadSite(linear, path, self.bank))
+            sites[path] = _shape("head", linear, labelled=path == next(reversed(head)))
+        return sites
+
+    def _replace(self, path: str, site: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
         setattr(self.model.get_submodule(parent), name, site)
 
@@ -174,7 +181,7 @@ def _load(
 
 def _unavailable(base: BaseName, error: Exception) -> BaseUnavailable:
     reason = str(error).strip().splitlines()[0].rstrip(".")
-    return BaseUnavailable(f"base_model={base.path!r} cannot be loaded: {reason}")
+    return BaseUnavailable(f"base_model={str(base)!r} cannot be loaded: {reason}")
 
 
 def head_paths(

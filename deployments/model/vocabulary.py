@@ -27,7 +27,10 @@ def export_vocabulary(encoder: Encoder) -> Vocabulary:
         backend = tokenizer.backend_tokenizer
     except (OSError, ValueError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise BaseUnavailable(f"base_model={base.path!r} has no fast tokenizer: {reason}") from None
+        raise BaseUnavailable(f"base_model={str(base)!r} has no fast tokenizer: {reason}") from None
+    # Where the files are missing, transformers 5 makes one of special tokens alone.
+    if backend.get_vocab_size() <= 2 * len(tokenizer.all_special_ids):
+        raise BaseUnavailable(f"base_model={str(base)!r} has no tokenizer; add its tokenizer.json")
     backend.no_truncation()
     backend.no_padding()
     # A tokenizer without a limit says 1e30; a base without one (rotary positions) says nothing.
