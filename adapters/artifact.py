@@ -76,8 +76,9 @@ def read_artifact(files: Files, geometry: Geometry, base_sha256: str | None = No
         raise AdapterRefused(files.task, problems)
     problems += _base_problems(spec, rules, geometry, base_sha256)
     sorter = _Sorter(spec, geometry, problems)
-    for name, tensor in stored.items():
-        sorter.place(name, tensor)
+    # safetensors gives them in random order: weights first, as `_head_shape` needs.
+    for name in sorted(stored, key=lambda name: (not name.endswith(".weight"), name)):
+        sorter.place(name, stored[name])
     sorter.finish()
     num_labels = sorter.num_labels
     for source, labels in (("task.json", rules.labels), ("config.json", spec.labels)):
@@ -133,6 +134,7 @@ class _Sorter:
         tensors: Bank field -> tensor, as `Artifact.tensors`.
         seen: Bank fields that the file has, right or wrong, so that none is also called missing.
         unmatched: Stored names that belong to no site.
+        misshapen: A sentence for each tensor of a wrong shape.
     """
 
     spec: Spec
@@ -141,10 +143,14 @@ class _Sorter:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
     unmatched: list[str] = field(default_factory=list)
+    misshapen: list[str] = field(default_factory=list)
     num_labels: int = 0
 
     def place(self, name: str, tensor: torch.Tensor) -> None:
         """Take one stored tensor: a half of a LoRA pair, or a weight or bias of the head."""
+        if not name.startswith(_PREFIX):
+            self.unmatched.append(name)
+            return
         path, _, leaf = name.removeprefix(_PREFIX).rpartition(".")
         owner, _, half = path.rpartition(".")
         if half in ("lora_A", "lora_B") and leaf == "weight":
@@ -160,11 +166,14 @@ class _Sorter:
         if not tensor.is_floating_point():
             self.problems.append(f"{name} has dtype {tensor.dtype}, not a float")
         elif tuple(tensor.shape) != want:
-            self.problems.append(f"{name} is {list(tensor.shape)}, not {list(want)}")
-        elif not torch.isfinite(tensor).all():
-            self.problems.append(f"{name} holds NaN or infinite values")
+            self.misshapen.append(f"{name} is {list(tensor.shape)}, not {list(want)}")
         else:
-            self.tensors[key] = self._as_read(half, tensor.float())
+            read = self._as_read(half, tensor.float())
+            # As it will be read: fp64, or a scaling, may hold more than fp32 can.
+            if torch.isfinite(read).all():
+                self.tensors[key] = read
+            else:
+                self.problems.append(f"{name} holds NaN or infinite values")
 
     def _as_read(self, half: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor as its site reads it: LoRA transposed, with the scaling in B."""
@@ -193,11 +202,11 @@ class _Sorter:
         if leaf == "bias" and not site.bias:
             return None
         rows = site.out_features
-        if site.labelled and tensor.ndim > 0:
-            # The weight has the say on the number of labels; the bias must agree with it.
-            if leaf == "weight" or not self.num_labels:
+        if site.labelled:
+            # The weight, which comes first, has the say on the number of labels.
+            if not self.num_labels and tensor.ndim == (2 if leaf == "weight" else 1):
                 self.num_labels = tensor.shape[0]
-            rows = self.num_labels
+            rows = self.num_labels or rows
         return (rows, site.in_features) if leaf == "weight" else (rows,)
 
     def finish(self) -> None:
@@ -212,6 +221,8 @@ class _Sorter:
             )
         if self.unmatched:
             self.problems.append(f"tensors that match nothing here: {_shorten(self.unmatched)}")
+        if self.misshapen:
+            self.problems.append(_shorten(self.misshapen))
         head = self._missing("head")
         if head:
             self.problems.append(f"it has no head weights: {_shorten(head)} missing")

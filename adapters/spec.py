@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from reprlib import repr as shorten
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -25,6 +27,7 @@ _WITHOUT_EFFECT = {
     "peft_version", "revision", "inference_mode", "lora_dropout", "megatron_core",
     "qalora_group_size", "ensure_weight_tying", "eva_config",
 }  # fmt: skip
+_LARGEST = sys.float_info.max
 # Initialisations that leave the base as it is; the others change its weights at training.
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
@@ -179,15 +182,19 @@ def _read_config(
             problems.append(problem)
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        problems.append(f"r must be a positive integer, not {rank!r}")
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        problems.append(f"lora_alpha must be a number, not {alpha!r}")
+        problems.append(f"r must be a positive integer, not {shorten(rank)}")
+    # "Not at most", so that NaN is refused too.
+    if type(alpha) not in (int, float) or not abs(alpha) <= _LARGEST:  # type: ignore[arg-type]
+        problems.append(f"lora_alpha must be a number, not {shorten(alpha)}")
     names = {
         key: _names(key, config.get(key), problems)
         for key in ("target_modules", "exclude_modules", "modules_to_save")
     }
     if not names["target_modules"]:
         problems.append("target_modules names nothing")
+    base = config.get("base_model_name_or_path")
+    if base is not None and not isinstance(base, str):
+        problems.append(f"base_model_name_or_path must be a name, not {shorten(base)}")
     labels, problem_type = _read_labels(model_config, problems)
     if len(problems) > before:
         return None
@@ -200,7 +207,7 @@ def _read_config(
         target_modules=names["target_modules"],
         exclude_modules=names["exclude_modules"],
         modules_to_save=(saved,) if isinstance(saved, str) else saved,
-        base=config.get("base_model_name_or_path"),
+        base=base,
         base_class=mapping.get("base_model_class") if isinstance(mapping, dict) else None,
         labels=labels,
         problem_type=problem_type,
@@ -211,16 +218,17 @@ def _key_problem(key: str, value: Any) -> str | None:
     """Return a sentence if this key of adapter_config.json asks for what is not served."""
     if key in _WITHOUT_EFFECT:
         return None
+    told = shorten(value)
     if key in ("layers_to_transform", "layers_pattern") and value:
-        return f"{key}={value!r} is not served"
+        return f"{key}={told} is not served"
     if key in _READ:
         return None
     if key == "init_lora_weights":
-        return None if value in _PLAIN_INITS else f"init_lora_weights={value!r} changes the base"
+        return None if value in _PLAIN_INITS else f"init_lora_weights={told} changes the base"
     if key == "bias":
-        return None if value == "none" else f"bias={value!r} is not served; only 'none' is"
+        return None if value == "none" else f"bias={told} is not served; only 'none' is"
     # A feature that is off says nothing: None, False, {} and [] are how PEFT writes that.
-    return f"{key}={value!r} is not served" if value else None
+    return f"{key}={told} is not served" if value else None
 
 
 def _names(key: str, value: Any, problems: list[str]) -> tuple[str, ...] | str:
@@ -235,7 +243,7 @@ def _names(key: str, value: Any, problems: list[str]) -> tuple[str, ...] | str:
         return value
     if isinstance(value, list) and all(isinstance(name, str) and name for name in value):
         return tuple(value)
-    problems.append(f"{key} must be a list of names, not {value!r}")
+    problems.append(f"{key} must be a list of names, not {shorten(value)}")
     return ()
 
 
@@ -252,7 +260,10 @@ def _read_labels(
         return None, problem_type
     try:
         by_index = {int(index): str(label) for index, label in id2label.items()}
-        return tuple(by_index[index] for index in range(len(by_index))), problem_type
+        labels = tuple(by_index[index] for index in range(len(by_index)))
     except (AttributeError, ValueError, KeyError):
         problems.append("config.json: id2label must map 0…n-1 to names")
         return None, problem_type
+    if len(set(labels)) < len(labels):
+        problems.append("config.json: the names in id2label must differ from each other")
+    return labels, problem_type

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +40,8 @@ class Look:
 
     Attributes:
         entries: Sorted (name, bytes, mtime in ns) of every file that could be read.
-        changed_s: When the youngest of them last changed, in seconds since the epoch.
+        changed_s: When the youngest of them last changed, in seconds since the epoch; in the
+            future if the store's clock is ahead.
     """
 
     entries: tuple[tuple[str, int, int], ...]
@@ -99,14 +99,15 @@ class Store:
             changed_s = max(changed_s, stat.st_mtime, stat.st_ctime)
         if not any(name == CONFIG for name, _, _ in entries):
             raise TaskNotFound(task)
-        return Look(tuple(sorted(entries)), min(changed_s, time.time()))
+        return Look(tuple(sorted(entries)), changed_s)
 
     def read(self, task: str) -> Files:
         """Read a task's folder whole.
 
         Raises:
             TaskNotFound: As `look`.
-            AdapterIncomplete: The weights are not there yet, or not all of them.
+            AdapterIncomplete: The weights are not there yet, or not all of them; or a file cannot
+                be read.
             AdapterRefused: The folder has only a pickle, or a file of absurd size.
         """
         folder = self._folder(task)
@@ -128,8 +129,12 @@ class Store:
         ]
         if problems:
             raise AdapterRefused(task, problems)
-        _check_length(task, folder / WEIGHTS)
-        contents = {name: (folder / name).read_bytes() for name in READ if name in sizes}
+        try:
+            _check_length(task, folder / WEIGHTS)
+            contents = {name: (folder / name).read_bytes() for name in READ if name in sizes}
+        except OSError as error:
+            name = Path(error.filename or WEIGHTS).name
+            raise AdapterIncomplete(task, f"{name} cannot be read ({error.strerror})") from None
         return Files(task, _version(contents), contents)
 
     def summary(self, task: str, names: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -150,7 +155,7 @@ class Store:
                 length = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(min(length, MAX_JSON_BYTES)))
             shapes = {n: h["shape"] for n, h in header.items() if n.endswith(tuple(names))}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return {}, {}
         return (config if isinstance(config, dict) else {}), shapes
 
@@ -170,7 +175,9 @@ def _check_length(task: str, path: Path) -> None:
             raise AdapterIncomplete(task, f"{WEIGHTS} has only {size} bytes")
         if 8 + length > MAX_JSON_BYTES:
             raise AdapterRefused(task, [f"{WEIGHTS} has a header of {length} bytes"])
-        ends = re.findall(rb'"data_offsets"\s*:\s*\[\s*\d+\s*,\s*(\d+)\s*\]', file.read(length))
+        # At most as many digits as a file has: Python refuses to read thousands of them.
+        offsets = rb'"data_offsets"\s*:\s*\[\s*\d+\s*,\s*(\d{1,19})\s*\]'
+        ends = re.findall(offsets, file.read(length))
     declared = 8 + length + max((int(end) for end in ends), default=0)
     if size < declared:
         raise AdapterIncomplete(task, f"{WEIGHTS} has {size} of {declared} bytes")

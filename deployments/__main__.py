@@ -12,13 +12,15 @@ import re
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
+import click
 import ray
 import yaml
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ServeDeploySchema
 from ray.serve.scripts import cli
 
@@ -40,20 +42,24 @@ def main(arguments: list[str]) -> int:
     names = [application.name for application in config.applications]
     ray.init(namespace="serve", logging_level=logging.WARNING)
     signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which sets its own
-    failed = threading.Event()
+    failed, ending = threading.Event(), threading.Event()
     http: Any = config.http_options
     address = f"http://{http.host}:{http.port}"
-    threading.Thread(target=_watch, args=(names, address, failed), daemon=True).start()
+    watch = threading.Thread(target=_watch, args=(names, address, failed, ending), daemon=True)
+    watch.start()
     try:
         cli.main(["run", arguments[0]], standalone_mode=False)
     except SystemExit:
         pass  # it has shut Serve down itself
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, click.Abort):  # the latter from the command's own first steps
         serve.shutdown()
     finally:
         # Another signal must not cut the stop short: it would leave processes behind.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # Whoever asks Serve something after ray.shutdown starts another Ray.
+        ending.set()
+        watch.join(5)
         ray.shutdown()
     return 1 if failed.is_set() else 0
 
@@ -76,11 +82,15 @@ def read_config(path: Path) -> ServeDeploySchema:
     return config
 
 
-def _watch(names: list[str], address: str, failed: threading.Event) -> None:
+def _watch(
+    names: list[str], address: str, failed: threading.Event, ending: threading.Event
+) -> None:
     """Say when every application runs; end the process if one cannot."""
-    while True:
-        time.sleep(0.5)
-        statuses = serve.status().applications
+    while not ending.wait(0.5):
+        try:
+            statuses = serve.status().applications
+        except (RayError, RayServeException):  # Serve is being shut down under it
+            continue
         for name in names:
             status = statuses.get(name)
             if status is not None and status.status == ApplicationStatus.DEPLOY_FAILED:

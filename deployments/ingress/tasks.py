@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from adapters.errors import AdapterError, AdapterIncomplete, AdapterRefused, TaskNotFound
+from adapters.errors import AdapterIncomplete, AdapterRefused, TaskNotFound
 from adapters.store import Look, Store
 from deployments.rows import Facts
 
@@ -126,10 +126,11 @@ class Tasks:
         try:
             return await self._describe(task)
         except AdapterRefused as error:
-            return AdapterRefused(error.task, error.problems)  # as ours, without its traceback
+            return AdapterRefused(error.task, error.problems)  # as ours, without Ray's traceback
 
 
 def _told(known: _Known) -> Facts:
-    if isinstance(known.said, AdapterError):
-        raise known.said
+    if isinstance(known.said, AdapterRefused):
+        # A new one each time: an error that is raised again and again keeps every traceback.
+        raise AdapterRefused(known.said.task, known.said.problems)
     return known.said
