@@ -28,8 +28,8 @@ class BaseModelError(Exception):
 def base_path() -> Path:
     """Returns the folder of the base model, whose weights have the known digest.
 
-    The folder is made on the first call. A folder that already holds the right weights is left as it
-    is, however it came there.
+    The folder is made on the first call. One that already holds the right weights is left as it is,
+    however it came there.
 
     Raises:
         BaseModelError: The package is missing, or some weights are not the base's.

@@ -1,0 +1,279 @@
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.exceptions import RayTaskError
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers, processors
+
+from adapters.errors import AdapterChanged, AdapterRefused
+from adapters.store import Store
+from deployments.errors import BadInput
+from deployments.ingress import predict
+from deployments.ingress.predict import Answers, Encodings, Predictor
+from deployments.ingress.tasks import Tasks
+from deployments.ingress.wire import PredictRequest
+from deployments.rows import Facts, ProblemType
+from deployments.tokens import Tokenizer
+
+NUM_WORDS = 1000
+CLS, SEP = NUM_WORDS + 1, NUM_WORDS + 2
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """Its ids spell the words: w17 is 17."""
+    words = {f"w{n}": n for n in range(NUM_WORDS)}
+    specials = {"[UNK]": NUM_WORDS, "[CLS]": CLS, "[SEP]": SEP}
+    backend = Backend(models.WordLevel(words | specials, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.BertProcessing(("[SEP]", SEP), ("[CLS]", CLS))
+    return Tokenizer(
+        {
+            "backend": backend.to_str(),
+            "max_length": 512,
+            "truncation_side": "right",
+            "split_special_tokens": False,
+            "type_ids": True,
+        }
+    )
+
+
+def score(ids: list[int]) -> float:
+    """A number that spells the row."""
+    return sum(token * 1009**place for place, token in enumerate(ids)) % 1_000_003 / 1_000_003
+
+
+@dataclass
+class Model:
+    """Scores a row by what it says; `broken` words fail their row alone."""
+
+    facts: Facts
+    calls: list[tuple[str, str, ProblemType, Encodings]] = field(default_factory=list)
+    errors: list[Exception] = field(default_factory=list)
+    broken: set[int] = field(default_factory=set)
+    num_described: int = 0
+
+    async def describe(self, task: str) -> Facts:
+        self.num_described += 1
+        return {**self.facts, "version": f"{self.num_described:08}"}
+
+    async def ask(
+        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings
+    ) -> Answers:
+        self.calls.append((task, version, problem_type, inputs))
+        await asyncio.sleep(0.02 / len(self.calls))  # later calls end earlier
+        if self.errors:
+            raise self.errors.pop(0)
+        return [
+            "this row broke" if self.broken & set(ids) else [score(ids), 1 - score(ids)]
+            for ids, _ in inputs
+        ]
+
+
+@pytest.fixture
+def model(make_facts: Callable[..., Facts]) -> Model:
+    return Model(make_facts())
+
+
+Ask = Callable[..., Any]
+
+
+@pytest.fixture
+def ask(store: Store, write: Callable[..., Path], model: Model, tokenizer: Tokenizer) -> Ask:
+    write()
+    tasks = Tasks(store, model.describe, settle_s=0)
+    predictor = Predictor(tasks, tokenizer, model.ask, max_rows=2000)
+
+    async def ask(*texts: Any, task: str = "mood", **others: Any) -> dict[str, Any]:
+        request = PredictRequest.model_validate({"texts": list(texts), **others})
+        return await predictor.predict(task, request)
+
+    return ask
+
+
+def ids_of(text: str) -> list[int]:
+    return [CLS, *(int(word[1:]) for word in text.split()), SEP]
+
+
+async def test_every_row_has_its_own_answer_in_order(ask: Ask, model: Model) -> None:
+    texts = [f"w{n} w{n * 7 % NUM_WORDS}" for n in range(NUM_WORDS)]
+    answer = await ask(*texts, return_scores=True)
+    assert answer["task"] == "mood"
+    assert answer["version"] == "00000001"
+    assert answer["num_tokens"] == 4 * NUM_WORDS
+    assert set(answer["timings_ms"]) == {"tokenize", "model"}
+    for text, result in zip(texts, answer["results"], strict=True):
+        own = score(ids_of(text))
+        assert result["probabilities"] == {"no": own, "yes": 1 - own}
+        assert result["prediction"] == ("no" if own >= 0.5 else "yes")
+        assert result["confidence"] == max(own, 1 - own)
+    ((task, version, problem_type, inputs),) = model.calls
+    assert (task, version, problem_type) == ("mood", "00000001", "single_label_classification")
+    assert inputs == [(ids_of(text), None) for text in texts]
+
+
+async def test_many_tokens_go_in_several_calls_and_stay_in_order(
+    ask: Ask, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "_MAX_CALL_TOKENS", 12)
+    texts = [f"w{n} " * (1 + n % 5) for n in range(40)] + ["w7 " * 14] * 2
+    answer = await ask(*texts, return_scores=True)
+    own = [score(ids_of(text)) for text in texts]
+    assert [result["probabilities"]["no"] for result in answer["results"]] == own
+    sizes = [[len(ids) for ids, _ in inputs] for _, _, _, inputs in model.calls]
+    assert sum(map(len, sizes)) == 42
+    assert all(sum(call) <= 12 or len(call) == 1 for call in sizes)
+    assert all(sum(a) + b[0] > 12 for a, b in pairwise(sizes))
+
+
+async def test_a_row_that_fails_in_the_model_fails_alone(ask: Ask, model: Model) -> None:
+    model.broken = {5}
+    answer = await ask("w4", "w5", "w6")
+    assert answer["results"][1] == {"error": "this row broke"}
+    assert [set(result) for result in answer["results"]] == [
+        {"prediction"},
+        {"error"},
+        {"prediction"},
+    ]
+
+
+async def test_a_long_text_is_cut_and_says_so(ask: Ask, model: Model) -> None:
+    answer = await ask("w1 " * 30, "w2", "w3 " * 14, "w4 " * 15)
+    assert [result.get("truncated") for result in answer["results"]] == [True, None, None, True]
+    assert [len(ids) for ids, _ in model.calls[0][3]] == [16, 3, 16, 16]
+    assert answer["num_tokens"] == 51
+
+
+async def test_a_long_text_that_may_not_be_cut_fails_alone(ask: Ask, model: Model) -> None:
+    model.facts["truncation"] = None
+    answer = await ask("w1", "w2 " * 30, "w3", return_scores=True)
+    assert "32 tokens are over the task's max_length of 16" in answer["results"][1]["error"]
+    for place, text in ((0, "w1"), (2, "w3")):
+        assert answer["results"][place]["probabilities"]["no"] == score(ids_of(text))
+    assert len(model.calls[0][3]) == 2
+
+
+async def test_a_text_that_cannot_be_cut_as_the_rules_say_fails_alone(
+    ask: Ask, model: Model
+) -> None:
+    model.facts |= {"truncation": "only_second", "pair": True}
+    good, bad = {"text": "w1", "text_pair": "w2 " * 30}, {"text": "w1 " * 30, "text_pair": "w2"}
+    answer = await ask(good, bad, good)
+    assert "cannot be cut to 16 tokens" in answer["results"][1]["error"]
+    assert [set(result) for result in answer["results"]] == [
+        {"prediction", "truncated"}, {"error"}, {"prediction", "truncated"},
+    ]  # fmt: skip
+
+
+async def test_with_no_row_left_the_model_is_not_asked(ask: Ask, model: Model) -> None:
+    model.facts["truncation"] = None
+    answer = await ask("w2 " * 30)
+    assert set(answer["results"][0]) == {"error"}
+    assert model.calls == []
+    assert answer["num_tokens"] == 0
+
+
+async def test_a_version_that_changed_on_the_way_is_asked_for_anew(ask: Ask, model: Model) -> None:
+    changed = AdapterChanged("mood", "00000001", "00000002")
+    model.errors = [RayTaskError("predict", "trace", changed).as_instanceof_cause()]
+    answer = await ask("w1", return_scores=True)
+    assert answer["version"] == "00000002"
+    assert [version for _, version, _, _ in model.calls] == ["00000001", "00000002"]
+    assert answer["results"][0]["probabilities"]["no"] == score(ids_of("w1"))
+
+
+async def test_a_version_that_keeps_changing_is_given_up(ask: Ask, model: Model) -> None:
+    model.errors = [AdapterChanged("mood", "1", "2"), AdapterChanged("mood", "2", "3")]
+    with pytest.raises(AdapterChanged, match="2 to 3"):
+        await ask("w1")
+    assert len(model.calls) == 2
+
+
+async def test_another_error_of_the_model_is_not_repeated(ask: Ask, model: Model) -> None:
+    model.errors = [AdapterRefused("mood", ["no head"])]
+    with pytest.raises(AdapterRefused):
+        await ask("w1")
+    assert len(model.calls) == 1
+
+
+@pytest.mark.parametrize(("own", "asked"), [(1.0, None), (None, 1.0), (0.0, 1.0)])
+async def test_thresholds_of_task_and_request_reach_the_answer(
+    ask: Ask, model: Model, own: float | None, asked: float | None
+) -> None:
+    model.facts["threshold"] = own
+    answer = await ask("w1", threshold=asked)
+    assert answer["results"] == [{"prediction": "Uncertain"}]
+
+
+async def test_a_regression_gives_values_and_takes_no_threshold(ask: Ask, model: Model) -> None:
+    model.facts |= {"problem_type": "regression", "labels": ["x", "y"]}
+    own = score(ids_of("w1"))
+    assert (await ask("w1"))["results"] == [{"prediction": [own, 1 - own]}]
+    assert model.calls[0][2] == "regression"
+    with pytest.raises(BadInput, match="is a regression and takes no threshold"):
+        await ask("w1", threshold=0.5)
+
+
+async def test_pairs_reach_the_model_as_one_input_with_segments(ask: Ask, model: Model) -> None:
+    model.facts["pair"] = True
+    await ask({"text": "w1 w2", "text_pair": "w3"}, {"text": "w4", "text_pair": ""})
+    assert model.calls[0][3] == [
+        ([CLS, 1, 2, SEP, 3, SEP], [0, 0, 0, 0, 1, 1]),
+        ([CLS, 4, SEP, SEP], [0, 0, 0, 1]),
+    ]
+
+
+PAIR = {"text": "w1", "text_pair": "w2"}
+
+
+@pytest.mark.parametrize(
+    ("texts", "changes", "said"),
+    [
+        ([], {}, "texts is empty"),
+        (["w1"] * 2001, {}, "2001 entries, over the limit of 2000"),
+        (["w1", PAIR], {}, "texts[1] must be a string"),
+        ([PAIR, "w1"], {"pair": True}, 'texts[1] must be {"text": …, "text_pair": …}'),
+        (["w1", "w2 \ud800"], {}, "texts[1] has half a surrogate pair"),
+        (["\udc00\ud83d"], {}, "texts[0] has half a surrogate pair"),
+        ([{**PAIR, "text_pair": "\udfff"}], {"pair": True}, "texts[0] has half a surrogate pair"),
+    ],
+)
+async def test_input_that_does_not_fit_the_task_is_refused_before_the_model(
+    ask: Ask, model: Model, texts: list[Any], changes: dict[str, Any], said: str
+) -> None:
+    model.facts |= changes  # type: ignore[typeddict-item]
+    with pytest.raises(BadInput) as caught:
+        await ask(*texts)
+    assert said in str(caught.value)
+    assert model.calls == []
+
+
+async def test_as_many_texts_as_the_limit_are_answered(ask: Ask) -> None:
+    assert len((await ask(*["w1"] * 2000))["results"]) == 2000
+
+
+async def test_encoding_does_not_hold_up_the_event_loop(
+    ask: Ask, model: Model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns, begun, encode = 0, asyncio.Event(), tokenizer.encode
+    loop = asyncio.get_running_loop()
+
+    def slow(*arguments: Any) -> Any:
+        loop.call_soon_threadsafe(begun.set)
+        # Goes on once the loop has turned, which it could not if it waited here.
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0.05), loop).result(5)
+        return encode(*arguments)
+
+    monkeypatch.setattr(tokenizer, "encode", slow)
+    call = asyncio.ensure_future(ask("w1"))
+    await asyncio.wait_for(begun.wait(), 5)
+    while not call.done():
+        turns += 1
+        await asyncio.sleep(0.001)
+    assert turns > 3
+    assert len((await call)["results"]) == 1

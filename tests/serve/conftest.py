@@ -1,0 +1,295 @@
+"""One Ray cluster and one application for every test of this folder.
+
+Ray is imported inside the fixtures, and its environment set there, so that collecting this folder
+changes nothing for tests of others that run in the same process.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx2
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE = ROOT / "examples" / "base"
+EXAMPLES = Path("/tmp/standin/store")
+TASKS = ("aspects", "sentiment", "spam", "topic")
+
+
+class MakeAdapter(Protocol):
+    """Writes a random adapter; see the fixture `make_adapter`."""
+
+    def __call__(
+        self,
+        folder: Path,
+        *,
+        rank: int = 4,
+        labels: int = 2,
+        targets: tuple[str, ...] = ("query", "value"),
+        base: Any = None,
+        seed: int = 0,
+    ) -> Path: ...
+
+
+class Ask(Protocol):
+    """Asks a task over HTTP; see the fixture `ask`."""
+
+    def __call__(
+        self, task: str, texts: list[str], prefix: str = "", **body: Any
+    ) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class App:
+    """The application that all tests share.
+
+    Attributes:
+        base_url: Where it listens.
+        store: Its adapter store, a copy of the examples': what a test adds there, it removes.
+        handle: Its handle in this process.
+        address: Ray's, for other processes.
+    """
+
+    base_url: str
+    store: Path
+    handle: Any
+    address: str
+
+
+class Oracle:
+    """PEFT itself, one adapter at a time, in fp32, with AutoTokenizer."""
+
+    def __init__(self) -> None:
+        import torch
+        from transformers import AutoTokenizer
+
+        torch.set_num_threads(2)
+        self._tokenizer = AutoTokenizer.from_pretrained(BASE)
+        self._models: dict[tuple[Path, int], Any] = {}
+
+    def scores(
+        self, folder: Path, texts: list[str], *, multi_label: bool = False
+    ) -> list[list[float]]:
+        """Returns for each text one probability a label."""
+        import torch
+
+        version = (folder, (folder / "adapter_model.safetensors").stat().st_mtime_ns)
+        if version not in self._models:
+            self._models[version] = self._load(folder)
+        inputs = self._tokenizer(
+            texts, truncation=True, max_length=128, padding=True, return_tensors="pt"
+        )
+        with torch.inference_mode():
+            logits = self._models[version](**inputs).logits
+            return (logits.sigmoid() if multi_label else logits.softmax(1)).tolist()
+
+    @staticmethod
+    def _load(folder: Path) -> Any:
+        from peft import PeftModel
+        from safetensors import safe_open
+        from transformers import AutoModelForSequenceClassification
+
+        with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
+            (head,) = (n for n in weights.keys() if n.endswith("classifier.weight"))  # noqa: SIM118
+            labels = weights.get_slice(head).get_shape()[0]
+        model = AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=labels)
+        return PeftModel.from_pretrained(model, folder).eval()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """Returns a TCP port that nobody listens on."""
+    return _free_port
+
+
+@pytest.fixture(scope="session")
+def short_dir() -> Iterator[Path]:
+    """A folder with a path so short that the paths of Ray's sockets below it fit the system."""
+    folder = Path(tempfile.mkdtemp(prefix="onebase-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def examples() -> Path:
+    """The examples' adapter store; tests copy it."""
+    return EXAMPLES
+
+
+@pytest.fixture(scope="session")
+def cluster(short_dir: Path) -> Iterator[str]:
+    """Ray and Serve's plain HTTP path (no HAProxy, no throughput mode); yields the HTTP URL."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name in [name for name in os.environ if name.startswith("RAY_")]:
+            environment.delenv(name)
+        for name, value in {
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # its default warns, and warnings are errors
+            "RAY_EXPORT_COUNTER_AS_GAUGE": "0",
+            "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.05",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+            "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.1",
+        }.items():
+            environment.setenv(name, value)
+        import ray
+        from ray import serve
+
+        try:
+            ray.init(
+                address="local",
+                num_cpus=4,  # Two model replicas and their ingresses.
+                include_dashboard=False,
+                log_to_driver=False,
+                configure_logging=False,
+                object_store_memory=100 * 2**20,
+                _temp_dir=str(short_dir / "ray"),
+            )
+            port = _free_port()
+            serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def app(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> App:
+    """The example tasks, served without quantisation so that PEFT in fp32 is their oracle."""
+    import ray
+    from ray import serve
+
+    from deployments.app import build
+    from deployments.config import Args
+
+    store = tmp_path_factory.mktemp("serve") / "store"
+    shutil.copytree(EXAMPLES, store)
+    args = Args(
+        base_model=str(BASE),
+        adapter_store=str(store),
+        default_task="sentiment",
+        quantization="none",
+        device="cpu",
+        num_cpus=1,
+    )
+    handle = serve.run(build(args), name="onebase", route_prefix="/")
+    return App(cluster, store, handle, ray.get_runtime_context().gcs_address)
+
+
+@pytest.fixture(scope="session")
+def http(app: App) -> Iterator[httpx2.Client]:
+    """A client of the application; threads may share it."""
+    with httpx2.Client(base_url=app.base_url, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def ask(http: httpx2.Client) -> Ask:
+    """Asks a task over HTTP and returns its answer."""
+
+    def ask(task: str, texts: list[str], prefix: str = "", **body: Any) -> dict[str, Any]:
+        path = f"{prefix}/v1/tasks/{task}/predict"
+        response = http.post(path, json={"texts": texts, "return_scores": True, **body})
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    return ask
+
+
+@pytest.fixture(scope="session")
+def run_example() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs examples/handle_call.py where our code cannot be imported, and makes sure of that."""
+    script = (
+        "import importlib.util, runpy, sys\n"
+        "assert not any(map(importlib.util.find_spec, ('deployments', 'adapters'))), sys.path\n"
+        f"sys.argv[0] = {str(ROOT / 'examples' / 'handle_call.py')!r}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "assert not {'torch', 'deployments', 'adapters'} & sys.modules.keys()\n"
+    )
+
+    def run(
+        cwd: Path, address: str, *arguments: str, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        plain = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "RAY_"))}
+        return subprocess.run(
+            [sys.executable, "-I", "-c", script, *arguments],
+            cwd=cwd,
+            env={**plain, "RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled", **environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def assert_problem() -> Callable[..., None]:
+    """Fails unless a response is problem details whose sentence has all of some words."""
+
+    def check(response: httpx2.Response, status: int, *words: str) -> None:
+        assert response.status_code == status, response.text
+        assert response.headers["content-type"] == "application/problem+json"
+        problem = response.json()
+        assert problem["status"] == status
+        assert problem["type"] == "about:blank"
+        assert problem["title"]
+        for word in words:
+            assert word in problem["detail"], problem
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def oracle() -> Oracle:
+    """PEFT, one adapter at a time."""
+    return Oracle()
+
+
+@pytest.fixture(scope="session")
+def make_adapter() -> MakeAdapter:
+    """Writes a random adapter of the example base, or of another, as PEFT saves it."""
+
+    def make(
+        folder: Path,
+        *,
+        rank: int = 4,
+        labels: int = 2,
+        targets: tuple[str, ...] = ("query", "value"),
+        base: Any = None,
+        seed: int = 0,
+    ) -> Path:
+        import torch
+        from peft import LoraConfig, TaskType, get_peft_model
+        from transformers import AutoModelForSequenceClassification
+
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = base or AutoModelForSequenceClassification.from_pretrained(
+                BASE, num_labels=labels
+            )
+            config = LoraConfig(
+                task_type=TaskType.SEQ_CLS, r=rank, target_modules=list(targets), lora_alpha=16
+            )
+            model = get_peft_model(model, config)
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and parameter.ndim == 2:
+                    torch.nn.init.normal_(parameter, std=0.3 if "classifier" in name else 0.05)
+        model.save_pretrained(folder)
+        return folder
+
+    return make

@@ -1,0 +1,321 @@
+"""Both ways to start, as real processes with HAProxy and throughput mode, and how they end."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+START_S = 120.0  # on a busy machine
+STOP_S = 10.0
+TEXTS = ["I absolutely loved this product!"]
+
+# `serve run` without a file listens on 8000 and has no option for it.
+SERVE_RUN = """
+import sys
+from ray.serve.config import HTTPOptions
+HTTPOptions.model_fields["port"].default = int(sys.argv.pop(1))
+HTTPOptions.model_rebuild(force=True)
+sys.path[0] = sys.prefix + "/bin"  # as for the script of that name
+from ray.serve.scripts import cli
+cli()
+"""
+
+
+class Server:
+    """A started server and everything below it, known by a path in their environments."""
+
+    def __init__(self, home: Path, port: int, free_port: Callable[[], int]) -> None:
+        self.home = home
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = home / "log"
+        # Ports and paths of its own, so that a server that somebody runs here is not disturbed.
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+            "HOME": str(home),
+            "RAY_TMPDIR": str(home),
+            "RAY_AUTH_MODE": "token",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+            "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(home / "h" / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(home / "h" / "admin.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(home / "h"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(home / "h" / "state"),
+        }
+        self.main: subprocess.Popen[bytes] | None = None
+
+    def start(self, *command: str) -> None:
+        with self.log.open("wb") as log:
+            self.main = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=ROOT,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait_until(self, happened: Callable[[], bool]) -> None:
+        assert self.main is not None
+        until_s = time.monotonic() + START_S
+        while not happened():
+            assert self.main.poll() is None, self.log.read_text()
+            assert time.monotonic() < until_s, self.log.read_text()
+            time.sleep(0.1)
+
+    def answers(self) -> bool:
+        try:
+            return httpx2.get(f"{self.url}/v1/tasks").status_code == 200
+        except httpx2.TransportError:
+            return False
+
+    def processes(self) -> dict[int, str]:
+        """Pid -> command line of every process that was started from here and still runs."""
+        mark = str(self.home).encode()
+        found = {}
+        for folder in Path("/proc").iterdir():
+            try:
+                command = (folder / "cmdline").read_bytes() if folder.name.isdigit() else b""
+                if command and mark in command + (folder / "environ").read_bytes():
+                    found[int(folder.name)] = command.replace(b"\0", b" ").decode()
+            except OSError:  # it has ended meanwhile
+                continue
+        return found
+
+    def address(self) -> str:
+        """Ray's, for other processes."""
+        (address,) = set(re.findall(r"--gcs-address=([\w.:]+)", str(self.processes())))
+        return address
+
+    def stop(self, signum: signal.Signals, *, as_terminal: bool) -> float:
+        """Sends a signal, to the whole group if as a terminal does; returns how long it took."""
+        assert self.main is not None
+        started_s = time.monotonic()
+        (os.killpg if as_terminal else os.kill)(self.main.pid, signum)
+        self.main.wait(60)
+        self.wait_until_gone()
+        return time.monotonic() - started_s
+
+    def wait_until_gone(self) -> None:
+        """Waits until no process is left, and fails if one stays."""
+        until_s = time.monotonic() + STOP_S
+        while left := self.processes():
+            assert time.monotonic() < until_s, left
+            time.sleep(0.05)
+
+    def ends(self) -> int:
+        """Waits until it has ended by itself, and returns its exit status."""
+        assert self.main is not None
+        status = self.main.wait(START_S)
+        self.wait_until_gone()
+        return status
+
+
+@pytest.fixture
+def server(free_port: Callable[[], int]) -> Iterator[Server]:
+    # Short, since the paths of Ray's sockets below it must fit the system.
+    home = Path(tempfile.mkdtemp(prefix="onebase-", dir="/tmp"))
+    server = Server(home, free_port(), free_port)
+    yield server
+    for pid in server.processes():
+        os.kill(pid, signal.SIGKILL)
+    if server.main is not None:
+        server.main.wait(10)
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def write_config(server: Server, **args: Any) -> str:
+    """Writes a configuration file (JSON is YAML) and returns its path."""
+    path = server.home / "config.yaml"
+    config = {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": "127.0.0.1", "port": server.port},
+        "applications": [
+            {
+                "name": "onebase",
+                "route_prefix": "/",
+                "import_path": "deployments.app:build",
+                "args": {"base_model": "examples/base", **args},
+            }
+        ],
+    }
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+def ask(server: Server, task: str) -> dict[str, Any]:
+    response = httpx2.post(
+        f"{server.url}/v1/tasks/{task}/predict",
+        json={"texts": TEXTS, "return_scores": True},
+        timeout=60,
+    )
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def assert_the_handle_answers(server: Server, run_example: Any) -> None:
+    secrets = {k: server.environment[k] for k in ("HOME", "RAY_AUTH_MODE")}
+    done = run_example(server.home, server.address(), "spam", *TEXTS, **secrets)
+    assert done.returncode == 0, done.stderr
+    ours = ast.literal_eval(done.stdout.strip().splitlines()[-1])
+    assert ours["results"] == ask(server, "spam")["results"]
+
+
+@pytest.fixture
+def store(examples: Path, make_adapter: Any, tmp_path: Path) -> Path:
+    """A copy of the examples' store and an adapter over the geometry that the tests configure."""
+    shutil.copytree(examples, tmp_path / "store")
+    make_adapter(tmp_path / "store" / "large", rank=9, labels=7, targets=("key",))
+    return tmp_path / "store"
+
+
+def test_serve_run_takes_typed_arguments_and_ends_with_ctrl_c(
+    server: Server, store: Path, oracle: Any, run_example: Any
+) -> None:
+    server.start(
+        "-c", SERVE_RUN, str(server.port), "run", "deployments.app:build", "--name", "onebase",
+        "base_model=examples/base", f"adapter_store={store}", "quantization=none",
+        "adapter_slots=3", "max_lora_rank=8", "max_labels=6", "max_bank_gib=0.5",
+        "lora_targets=query,value,key,intermediate.dense,attention.output.dense,output.dense,pooler.dense",
+    )  # fmt: skip
+    server.wait_until(server.answers)
+    assert len({process.split()[-1] for process in server.processes().values()}) > 5
+    for task in ("sentiment", "spam"):
+        (result,) = ask(server, task)["results"]
+        (expected,) = oracle.scores(store / task, TEXTS)
+        assert list(result["probabilities"].values()) == pytest.approx(expected, abs=1e-4)
+    refused = httpx2.get(f"{server.url}/v1/tasks/large")
+    assert refused.status_code == 503
+    assert "rank 9 is over max_lora_rank=8" in refused.json()["detail"]
+    assert "7 labels are over max_labels=6" in refused.json()["detail"]
+    assert_the_handle_answers(server, run_example)
+    taken_s = server.stop(signal.SIGINT, as_terminal=True)
+    assert taken_s < STOP_S, server.log.read_text()
+
+
+def test_a_configuration_file_is_served_until_sigterm(
+    server: Server, examples: Path, oracle: Any, run_example: Any
+) -> None:
+    config = write_config(
+        server, adapter_store=str(examples), quantization="none", default_task="topic"
+    )
+    server.start("-m", "deployments", config)
+    server.wait_until(lambda: "ready" in server.log.read_text())
+    assert f"onebase: ready at {server.url}" in server.log.read_text()
+    (result,) = ask(server, "topic")["results"]
+    (expected,) = oracle.scores(examples / "topic", TEXTS)
+    assert list(result["probabilities"].values()) == pytest.approx(expected, abs=1e-4)
+    by_default = httpx2.post(f"{server.url}/predict", json={"texts": TEXTS}).json()
+    assert by_default["results"] == [{"prediction": result["prediction"]}]
+    assert_the_handle_answers(server, run_example)
+    taken_s = server.stop(signal.SIGTERM, as_terminal=False)
+    assert taken_s < STOP_S, server.log.read_text()
+    assert server.main is not None
+    assert server.main.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "stage", ["ServeController", pytest.param("ServeReplica", marks=pytest.mark.slow)]
+)
+def test_ctrl_c_during_the_start_leaves_nothing_behind(
+    server: Server, examples: Path, stage: str
+) -> None:
+    server.start("-m", "deployments", write_config(server, adapter_store=str(examples)))
+    server.wait_until(lambda: stage in str(server.processes()))
+    taken_s = server.stop(signal.SIGINT, as_terminal=True)
+    assert taken_s < STOP_S, server.log.read_text()
+    assert "ready" not in server.log.read_text()
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.slow  # as above, but for the signal
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("as_terminal", [True, False])
+def test_a_configuration_file_is_served_until_any_signal(
+    server: Server, examples: Path, signum: signal.Signals, as_terminal: bool
+) -> None:
+    server.start("-m", "deployments", write_config(server, adapter_store=str(examples)))
+    server.wait_until(lambda: "ready" in server.log.read_text())
+    taken_s = server.stop(signum, as_terminal=as_terminal)
+    assert taken_s < STOP_S, server.log.read_text()
+
+
+@pytest.mark.slow  # as above, but for the signal
+def test_serve_run_ends_with_sigterm(server: Server, examples: Path) -> None:
+    server.start(
+        "-c", SERVE_RUN, str(server.port), "run", "deployments.app:build", "--name", "onebase",
+        "base_model=examples/base", f"adapter_store={examples}", "quantization=none",
+    )  # fmt: skip
+    server.wait_until(server.answers)
+    taken_s = server.stop(signal.SIGTERM, as_terminal=False)
+    assert taken_s < STOP_S, server.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (
+            {"adapter_slot": 3, "quantization": "int3"},
+            ["unknown key 'adapter_slot'", "adapter_slots", "quantization='int3'", "'int8'"],
+        ),
+        ({"adapter_store": None}, ["adapter_store=None", "string"]),
+        (
+            {"base_model": "./no/such/folder"},
+            ["base_model='./no/such/folder'", "neither a folder nor a hub id"],
+        ),
+    ],
+    ids=["unknown-key-and-wrong-value", "no-store", "no-base"],
+)
+def test_a_wrong_configuration_ends_the_start_with_one_sentence(
+    server: Server, args: dict[str, Any], words: list[str]
+) -> None:
+    config = write_config(server, **{"adapter_store": "examples/store", **args})
+    server.start("-m", "deployments", config)
+    assert server.ends() == 1
+    (sentence,) = server.log.read_text().splitlines()
+    assert sentence.startswith(f"{config}: ")
+    for word in words:
+        assert word in sentence
+
+
+@pytest.mark.slow  # the base of another name is tried three times
+def test_a_base_that_cannot_be_had_ends_the_start_with_one_sentence(server: Server) -> None:
+    config = write_config(server, adapter_store="examples/store", base_model="nobody/no-such-base")
+    server.start("-m", "deployments", config)
+    assert server.ends() == 1
+    sentences = [
+        line for line in server.log.read_text().splitlines() if line.startswith("onebase: ")
+    ]
+    assert len(sentences) == 1
+    assert "base_model='nobody/no-such-base' cannot be loaded" in sentences[0]
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_serve_run_names_a_wrong_key(server: Server) -> None:
+    server.start(
+        "-c", SERVE_RUN, str(server.port), "run", "deployments.app:build",
+        "base_model=examples/base", "adapter_store=examples/store", "adapter_slot=3",
+    )  # fmt: skip
+    assert server.ends() != 0
+    last = server.log.read_text().splitlines()[-1]
+    assert "unknown key 'adapter_slot'; the keys are base_model, adapter_store" in last
