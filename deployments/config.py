@@ -19,6 +19,7 @@ from deployments.base import BaseName
 Auto = Literal["auto"]
 Name = Annotated[str, Field(min_length=1)]
 GIB = 2**30
+MAX_RANK, MAX_LABELS = 1024, 65536
 
 
 class ConfigError(Exception):
@@ -44,10 +45,10 @@ class Args(BaseModel):
     adapter_slots: Annotated[int, Field(ge=1, le=65536)] | Auto = Field(
         "auto", description="Adapters resident at a time; auto is 64, fewer if memory is short."
     )
-    max_lora_rank: Annotated[int, Field(ge=1, le=1024)] | Auto = Field(
+    max_lora_rank: Annotated[int, Field(ge=1, le=MAX_RANK)] | Auto = Field(
         "auto", description="Largest LoRA rank; auto is what the store holds, 16 at least."
     )
-    max_labels: Annotated[int, Field(ge=1, le=65536)] | Auto = Field(
+    max_labels: Annotated[int, Field(ge=1, le=MAX_LABELS)] | Auto = Field(
         "auto", description="Most labels a task; auto is what the store holds, 16 at least."
     )
     lora_targets: Annotated[tuple[Name, ...], Field(min_length=1)] | Auto = Field(

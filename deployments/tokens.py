@@ -6,7 +6,6 @@ AutoTokenizer would bring torch into the ingress.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import NamedTuple, TypedDict
 
@@ -57,17 +56,10 @@ class Tokenizer:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         """Build the Rust tokenizer from its JSON."""
-        self._vocabulary = vocabulary
-        self._whole = self._build()
-        # Truncation is a setting of the tokenizer object, so inputs that need it go through a
-        # second one, under a lock; it is built when the first of them comes.
-        self._cutting: tokenizers.Tokenizer | None = None
-        self._lock = threading.Lock()
-
-    def _build(self) -> tokenizers.Tokenizer:
-        backend = tokenizers.Tokenizer.from_str(self._vocabulary["backend"])
-        backend.encode_special_tokens = self._vocabulary["split_special_tokens"]
-        return backend
+        self._cut_left = vocabulary["truncation_side"] == "left"
+        self._type_ids = vocabulary["type_ids"]
+        self._backend = tokenizers.Tokenizer.from_str(vocabulary["backend"])
+        self._backend.encode_special_tokens = vocabulary["split_special_tokens"]
 
     def encode(
         self, inputs: Sequence[Input], max_length: int, strategy: str | None = "longest_first"
@@ -84,26 +76,58 @@ class Tokenizer:
             ValueError: An input cannot be cut to `max_length` in this way.
         """
         results = []
-        for given, encoding in zip(inputs, self._whole.encode_batch_fast(inputs), strict=True):
-            num_tokens = len(encoding.ids)
+        for encoding in self._backend.encode_batch_fast(inputs):
+            ids, type_ids = encoding.ids, encoding.type_ids
+            num_tokens = len(ids)
             if strategy is not None and num_tokens > max_length:
-                encoding = self._cut(given, max_length, strategy)
-            results.append(Encoded(self._tokens(encoding), num_tokens))
+                kept = self._kept(encoding.sequence_ids, max_length, strategy)
+                ids, type_ids = [ids[i] for i in kept], [type_ids[i] for i in kept]
+            segments = type_ids if self._type_ids and any(type_ids) else None
+            results.append(Encoded(Tokens(ids, segments), num_tokens))
         return results
 
-    def _cut(self, given: Input, max_length: int, strategy: str) -> tokenizers.Encoding:
-        with self._lock:
-            if self._cutting is None:
-                self._cutting = self._build()
-            self._cutting.enable_truncation(
-                max_length, strategy=strategy, direction=self._vocabulary["truncation_side"]
-            )
-            try:
-                pair = (given,) if isinstance(given, str) else given
-                return self._cutting.encode(*pair)
-            except Exception as error:  # the Rust side raises nothing more precise
-                raise ValueError(f"cannot be cut to {max_length} tokens: {error}") from None
+    def _kept(
+        self, sequences: Sequence[int | None], max_length: int, strategy: str
+    ) -> Sequence[int]:
+        """Return the indices of the tokens that a cut leaves.
 
-    def _tokens(self, encoding: tokenizers.Encoding) -> Tokens:
-        type_ids = encoding.type_ids if self._vocabulary["type_ids"] else ()
-        return Tokens(encoding.ids, list(type_ids) if any(type_ids) else None)
+        The Rust tokenizer's own truncation keeps every piece that it cuts off, for a pair every
+        combination of them: memory for the square of what a caller sends.
+
+        Args:
+            sequences: For each token its text, 0 or 1, or None for a special token.
+            max_length: Longest result, special tokens included.
+            strategy: As `encode`.
+        """
+        texts = [[i for i, text in enumerate(sequences) if text == n] for n in (0, 1)]
+        first, second = map(len, texts)
+        room = max_length - (len(sequences) - first - second)
+        if room < 0:
+            return range(len(sequences))  # as the Rust tokenizer does; the caller sees its length
+        left = room_for(first, second, room, strategy)
+        if left is None:
+            raise ValueError(f"cannot be cut to {max_length} tokens by {strategy}")
+        dropped: set[int] = set()
+        for indices, num_left in zip(texts, left, strict=True):
+            num_gone = len(indices) - num_left
+            dropped.update(indices[:num_gone] if self._cut_left else indices[num_left:])
+        return [index for index in range(len(sequences)) if index not in dropped]
+
+
+def room_for(first: int, second: int, room: int, strategy: str) -> tuple[int, int] | None:
+    """Share `room` tokens among two texts (`truncate_encodings` of the tokenizers library).
+
+    Returns:
+        Tokens left of each text; None if the text to be cut would have none left.
+    """
+    if first + second <= room:
+        return first, second
+    if room == 0:
+        return 0, 0
+    if strategy == "only_first":
+        return (room - second, second) if room > second else None
+    if strategy == "only_second":
+        return (first, room - first) if second and room > first else None
+    shorter = min(first, second, room // 2)
+    longer = room - shorter
+    return (shorter, longer) if first <= second else (longer, shorter)

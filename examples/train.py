@@ -173,7 +173,7 @@ class Trainee:
         config = self.model.peft_config["default"]
         assert isinstance(config, LoraConfig)
         config.base_model_name_or_path = BASE_ID  # PEFT put this machine's path there.
-        config.target_modules = sorted(config.target_modules)  # A set is saved in any order.
+        config.target_modules = sorted(config.target_modules or ())  # A set is saved in any order.
         self.model.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink()  # It is an empty form.
         rules = {

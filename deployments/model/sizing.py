@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from adapters.store import Store
 from deployments.base import BaseName
-from deployments.config import GIB, Args, ConfigError
+from deployments.config import GIB, MAX_LABELS, MAX_RANK, Args, ConfigError
 from deployments.model.encoder import base_config, head_paths, is_target
 
 _SLOTS, _RANK, _LABELS = 64, 16, 16  # what `auto` aims at, so that an empty store works
@@ -93,15 +93,25 @@ def _merge(args: Args, held: _Held, least: _Held, targets: Collection[str] | Non
 
 
 def _survey(store: Store, labelled: str) -> _Held:
-    """Look over the store's configs and tensor headers; what cannot be read counts as nothing."""
+    """Look over the store's configs and tensor headers.
+
+    What cannot be read, or cannot be meant, counts as nothing: one odd folder, which is refused
+    when it is asked for, must not keep the base from being served.
+    """
     rank, labels, targets = 0, 0, set[str]()
     for task in store.tasks():
         config, shapes = store.summary(task, [f"{labelled}.weight"])
         r, names = config.get("r"), config.get("target_modules")
-        rank = max(rank, r if isinstance(r, int) else 0)
-        targets.update(names if isinstance(names, list) else ())
-        labels = max([labels, *(shape[0] for shape in shapes.values() if len(shape) == 2)])
+        rank = max(rank, _measure(r, MAX_RANK))
+        names = names if isinstance(names, list) else []
+        targets.update(name for name in names if isinstance(name, str))
+        heads = [s for s in shapes.values() if isinstance(s, list) and len(s) == 2]
+        labels = max([labels, *(_measure(rows, MAX_LABELS) for rows, _ in heads)])
     return _Held(rank, labels, frozenset(targets))
+
+
+def _measure(value: object, largest: int) -> int:
+    return value if isinstance(value, int) and 0 < value <= largest else 0
 
 
 def _row_bytes(

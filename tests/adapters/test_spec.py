@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -202,6 +202,9 @@ NAMES = st.lists(PATHS.map(".".join), max_size=3)
 PATTERNS = st.sampled_from([r".*\.query", "query", r"a\..*(query|0)", r"(.*\.)?[01]\.a", ""])
 
 
+@example(["query"], [], "a.subquery")
+@example(["a"], ["query"], "query.a")
+@example("query", [], "a.query")
 @given(NAMES.filter(bool) | PATTERNS.filter(bool), NAMES | PATTERNS, PATHS.map(".".join))
 def test_modules_match_as_in_peft(target: Any, exclude: Any, path: str) -> None:
     spec, _ = good({**QUIET, "target_modules": target, "exclude_modules": exclude})

@@ -19,7 +19,7 @@ from transformers import (
 
 from adapters.errors import AdapterRefused
 from adapters.store import Store
-from deployments.model.encoder import BaseName, BaseUnavailable
+from deployments.base import BaseName, BaseUnavailable
 from deployments.model.engine import Engine
 from deployments.rows import Row, Tokens
 

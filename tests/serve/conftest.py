@@ -20,7 +20,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "examples" / "base"
-EXAMPLES = Path("/tmp/standin/store")
+EXAMPLES = ROOT / "examples" / "store"
 TASKS = ("aspects", "sentiment", "spam", "topic")
 
 

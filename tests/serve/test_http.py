@@ -39,6 +39,7 @@ def test_the_readme_call_answers_with_scores(http: httpx2.Client) -> None:
     assert set(answer["version"]) <= set("0123456789abcdef")
     assert answer["num_tokens"] > 2 * len(TEXTS)
     assert answer["timings_ms"]["model"] > 0
+    assert [result["prediction"] for result in answer["results"]] == ["Positive", "Negative"]
     for result in answer["results"]:
         assert set(result) == {"prediction", "confidence", "probabilities"}
         probabilities = result["probabilities"]

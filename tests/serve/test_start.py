@@ -114,7 +114,9 @@ class Server:
         (os.killpg if as_terminal else os.kill)(self.main.pid, signum)
         self.main.wait(60)
         self.wait_until_gone()
-        return time.monotonic() - started_s
+        taken_s = time.monotonic() - started_s
+        print(f"stopped in {taken_s:.1f} s")
+        return taken_s
 
     def wait_until_gone(self) -> None:
         """Waits until no process is left, and fails if one stays."""

@@ -95,7 +95,7 @@ def test_others_are_answered_as_fast_as_ever_while_a_folder_loads(
             os.close(pipe)
         assert newcomer.result().status_code == 200
     assert probabilities(newcomer.result().json()) == probabilities(ask("spam", TEXTS))
-    assert statistics.median(during_s) < 2 * statistics.median(before_s) + 0.02
+    assert statistics.median(during_s) < 3 * statistics.median(before_s) + 0.05
 
 
 def open_to_write(pipe: Path) -> int:
