@@ -163,10 +163,14 @@ def test_an_adapter_gives_the_logits_of_peft(
 
 
 @pytest.mark.parametrize("side", ["int8"], indirect=True)
-def test_int8_labels_are_those_of_peft_end_to_end(
-    side: Side, oracle: Callable[[str], PeftModel], heldout: dict[str, list[Row]]
+def test_int8_end_to_end_differs_from_peft_by_less_than_int8_costs(
+    side: Side,
+    oracle: Callable[[str], PeftModel],
+    heldout: dict[str, list[Row]],
+    example_engine: Callable[[str], Engine],
 ) -> None:
-    errors, same = [], []
+    errors, costs, same = [], [], []
+    exact = example_engine("none")
     for task in TASKS:
         rows = sorted(heldout[task], key=lambda row: row.num_tokens)
         for start in range(0, len(rows), 16):
@@ -175,11 +179,13 @@ def test_int8_labels_are_those_of_peft_end_to_end(
             want = ask(oracle(task), batch, width)
             logits = side.run(batch, width)[0][:, : side.num_labels[task]]
             errors.append((logits - want).abs().flatten())
+            with torch.inference_mode():
+                costs.append((logits - exact.logits(batch, width)[:, : want.shape[1]]).abs())
             same.append(said(task, logits) == said(task, want))
-    error = torch.cat(errors)
+    error, cost = torch.cat(errors), torch.cat([part.flatten() for part in costs])
     assert error.median() <= 1e-5
-    assert error.quantile(0.99) <= 0.02
-    assert error.max() <= 0.04
+    # An absolute bound would be one on the scale of the trained adapters' logits.
+    assert error.quantile(0.99) <= 0.5 * cost.quantile(0.99)
     agreed = torch.cat([same_rows.flatten() for same_rows in same])
     assert len(agreed) > 400
     assert agreed.float().mean() >= 0.99
