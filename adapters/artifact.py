@@ -84,9 +84,7 @@ def read_artifact(files: Files, geometry: Geometry, base_sha256: str | None = No
     for source, labels in (("task.json", rules.labels), ("config.json", spec.labels)):
         if labels is not None and num_labels and len(labels) != num_labels:
             problems.append(f"{source} names {len(labels)} labels, the head has {num_labels}")
-    if problems:
-        raise AdapterRefused(files.task, problems)
-    return Artifact(
+    artifact = Artifact(
         task=files.task,
         version=files.version,
         spec=spec,
@@ -95,6 +93,13 @@ def read_artifact(files: Files, geometry: Geometry, base_sha256: str | None = No
         num_bytes=sum(tensor.nbytes for tensor in stored.values()),
         tensors=sorter.tensors,
     )
+    if artifact.problem_type == "single_label_classification" and num_labels == 1:
+        problems.append("single_label_classification of one label would always be sure of it")
+    if artifact.problem_type == "regression" and rules.threshold is not None:
+        problems.append("task.json: threshold means nothing for a regression")
+    if problems:
+        raise AdapterRefused(files.task, problems)
+    return artifact
 
 
 def _read_tensors(content: bytes, problems: list[str]) -> dict[str, torch.Tensor] | None:

@@ -11,7 +11,10 @@ Every argument goes to the base constructor untouched, so that the errors surviv
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+TASK_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 class AdapterError(Exception):
@@ -28,6 +31,11 @@ class TaskNotFound(AdapterError):
 
     def __str__(self) -> str:
         """Say what to do next."""
+        if not TASK_NAME.fullmatch(self.task):
+            return (
+                f"{self.task!r} cannot be a task: a name is 1 to 64 of a-z, 0-9, '.', '_' and '-' "
+                "and begins with a letter or a digit"
+            )
         return (
             f"there is no task {self.task!r}; put its PEFT folder into the adapter store "
             "under that name, or see GET /v1/tasks for those that exist"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import AdapterIncomplete, AdapterRefused, TaskNotFound
+from adapters.errors import TASK_NAME, AdapterIncomplete, AdapterRefused, TaskNotFound
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -29,7 +29,6 @@ TOKENIZER = (
 READ = (CONFIG, WEIGHTS, MODEL_CONFIG, RULES, *TOKENIZER)
 VERSIONED = frozenset((CONFIG, WEIGHTS, *TOKENIZER))
 
-TASK_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 MAX_JSON_BYTES = 64 * 2**20
 MAX_WEIGHTS_BYTES = 4 * 2**30
 
@@ -111,7 +110,8 @@ class Store:
             AdapterRefused: The folder has only a pickle, or a file of absurd size.
         """
         folder = self._folder(task)
-        sizes = {name: size for name, size, _ in self.look(task).entries}
+        before = self.look(task)
+        sizes = {name: size for name, size, _ in before.entries}
         if WEIGHTS not in sizes:
             if PICKLE in sizes:
                 raise AdapterRefused(
@@ -135,6 +135,8 @@ class Store:
         except OSError as error:
             name = Path(error.filename or WEIGHTS).name
             raise AdapterIncomplete(task, f"{name} cannot be read ({error.strerror})") from None
+        if self.look(task).entries != before.entries:
+            raise AdapterIncomplete(task, "its folder changed while it was read")
         return Files(task, _version(contents), contents)
 
     def summary(self, task: str, names: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:

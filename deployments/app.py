@@ -1,6 +1,9 @@
 """The application: `serve run deployments.app:build base_model=… adapter_store=…`."""
 
 # No `from __future__ import annotations` here: Ray reads the annotation of `build` as an object.
+from pathlib import Path
+
+import ray
 from ray import serve
 from ray.serve import Application
 
@@ -10,6 +13,10 @@ from deployments.model.deployment import Model
 
 # Rows queue in the model's own planner, so Serve must hand them over instead of holding them.
 _MAX_ONGOING = 1024
+_NVIDIA = Path("/dev/nvidia0")
+# How long a replica that stops still takes requests from callers that have not heard of it. They
+# hear within milliseconds, and of Serve's default, 2 s, most of a stop would consist.
+_LEAVING_S = 0.5
 
 
 def build(args: Args) -> Application:
@@ -18,7 +25,7 @@ def build(args: Args) -> Application:
     Raises:
         ConfigError: A key is unknown or a value wrong; the sentence names it.
     """
-    args = args.absolute()
+    args = args.absolute().on(_device(args))
     actor_options = {"num_cpus": args.num_cpus or 1, "num_gpus": args.gpus}
     scaling = (
         {"num_replicas": args.num_replicas or 1}
@@ -34,11 +41,25 @@ def build(args: Args) -> Application:
     model = serve.deployment(
         name="Model",
         max_ongoing_requests=_MAX_ONGOING,
+        graceful_shutdown_wait_loop_s=_LEAVING_S,
         ray_actor_options=actor_options,
         **scaling,
     )(Model)
     # The HTTP application is made in the replica, by Ingress.__serve_build_asgi_app__.
-    ingress = serve.deployment(name="Ingress", max_ongoing_requests=_MAX_ONGOING)(
-        serve.ingress(None)(Ingress)
-    )
+    ingress = serve.deployment(
+        name="Ingress",
+        max_ongoing_requests=_MAX_ONGOING,
+        graceful_shutdown_wait_loop_s=_LEAVING_S,
+    )(serve.ingress(None)(Ingress))
     return ingress.bind(model.bind(args), args)
+
+
+def _device(args: Args) -> str:
+    """Decide `auto` once for all replicas: two kinds of them would answer a task differently."""
+    if args.device != "auto":
+        return args.device
+    if args.num_gpus is not None:
+        return "cuda" if args.num_gpus else "cpu"
+    # `serve run` calls the builder before it has a cluster to ask.
+    here = ray.cluster_resources().get("GPU", 0) if ray.is_initialized() else _NVIDIA.exists()
+    return "cuda" if here else "cpu"

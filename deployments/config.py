@@ -38,9 +38,13 @@ class Args(BaseModel):
     )
 
     quantization: Literal["auto", "none", "int8", "nf4"] = Field(
-        "auto", description="Of the base: auto is nf4 on a GPU, int8 on a CPU."
+        "auto",
+        description="Of the base: auto is nf4 on a GPU, and on a CPU int8 if that is exact there "
+        "(with VNNI), else none. What is not quantised computes in bf16 on a GPU, fp32 on a CPU.",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU if any.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto is a GPU if there is any."
+    )
 
     adapter_slots: Annotated[int, Field(ge=1, le=65536)] | Auto = Field(
         "auto", description="Adapters resident at a time; auto is 64, fewer if memory is short."
@@ -97,6 +101,13 @@ class Args(BaseModel):
         BaseName.parse(value)
         return value
 
+    @field_validator("adapter_store")
+    @classmethod
+    def _is_a_folder(cls, value: str) -> str:
+        if not Path(value).is_dir():
+            raise ValueError(f"adapter_store={value!r} is not a folder; make it, empty or not")
+        return value
+
     @field_validator("lora_targets", mode="before")
     @classmethod
     def _split_names(cls, value: Any) -> Any:
@@ -126,6 +137,10 @@ class Args(BaseModel):
         if self.num_gpus is not None:
             return self.num_gpus
         return 1.0 if self.device == "cuda" else 0.0
+
+    def on(self, device: str) -> Args:
+        """Return a copy for a device, in the place of `auto`."""
+        return self.model_copy(update={"device": device})
 
     def absolute(self) -> Args:
         """Return a copy whose local paths do not depend on the working directory."""

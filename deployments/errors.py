@@ -4,6 +4,7 @@
     ├── BadInput    422  the request says something that cannot be answered
     ├── TooLarge    413  its body is over the limit
     └── NotReady    503  no model replica can answer at the moment
+    BatchLoopDied   503  the replica that was asked can answer nothing any more
     AdapterError         (adapters/errors.py) 404 unknown, 503 for that task alone
 
 Unknown exceptions are logged and never echoed.
@@ -35,6 +36,10 @@ class TooLarge(RequestError):
 
 class NotReady(RequestError):
     """No model replica can answer at the moment."""
+
+
+class BatchLoopDied(RuntimeError):
+    """The batch loop ended; no row can be answered by this replica any more."""
 
 
 class Problem(NamedTuple):
@@ -71,6 +76,7 @@ _TABLE: dict[type[Exception], tuple[int, str, int | None]] = {
     BadInput: (422, "Invalid request", None),
     TooLarge: (413, "Request too large", None),
     NotReady: (503, "Not ready", 1),
+    BatchLoopDied: (503, "Not ready", 1),
     TaskNotFound: (404, "Unknown task", None),
     AdapterIncomplete: (503, "Adapter incomplete", 1),
     AdapterChanged: (503, "Adapter changed", 1),

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from deployments.config import Args, ConfigError
 
 ROOT = Path(__file__).parents[1]
-LEAST = {"base_model": "org/base@main", "adapter_store": "store"}
+LEAST = {"base_model": "org/base@main", "adapter_store": "."}
 
 
 def args(**given: Any) -> Args:
@@ -55,7 +55,8 @@ def test_an_unknown_key_is_named_beside_those_that_exist() -> None:
     ("key", "value"),
     [
         ("base_model", 5), ("base_model", "./nowhere/at/all"), ("base_model", "justaname"),
-        ("adapter_store", None), ("default_task", 5), ("quantization", "int4"),
+        ("adapter_store", None), ("adapter_store", "no/such"),
+        ("default_task", 5), ("quantization", "int4"),
         ("quantization", None), ("device", "tpu"), ("adapter_slots", 0), ("adapter_slots", "many"),
         ("adapter_slots", 2.5), ("adapter_slots", 65537), ("max_lora_rank", 0),
         ("max_lora_rank", "1025"), ("max_labels", -1), ("lora_targets", 5), ("lora_targets", [5]),
@@ -133,9 +134,10 @@ def test_local_paths_become_absolute_and_hub_ids_stay(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
-    local = args(base_model="base").absolute()
+    (tmp_path / "store").mkdir()
+    local = args(base_model="base", adapter_store="store").absolute()
     assert local.base_model == str(tmp_path / "base")
-    assert local.adapter_store == str(tmp_path / "store")  # which need not exist yet
+    assert local.adapter_store == str(tmp_path / "store")
     assert args().absolute().base_model == "org/base@main"
 
 

@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle
 from adapters.spec import ProblemType
 from adapters.store import Store
 from deployments.config import Args
-from deployments.errors import INTERNAL, NotReady, to_problem
+from deployments.errors import INTERNAL, BatchLoopDied, NotReady, to_problem
 from deployments.ingress.predict import Answers, Encodings, Predictor
 from deployments.ingress.routes import make_api
 from deployments.ingress.tasks import Tasks
@@ -115,6 +115,6 @@ async def _reach(call: Callable[[], Awaitable[Any]]) -> Any:
             raise NotReady("the model's queue is full; try again in a second") from None
         except DeploymentUnavailableError:
             raise NotReady("no model replica is running") from None
-        except RayActorError:
+        except (RayActorError, BatchLoopDied):
             if attempt == 2:
                 raise NotReady("the model replica was lost; try again in a second") from None

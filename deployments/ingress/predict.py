@@ -15,8 +15,9 @@ from deployments.ingress.wire import Pair, PredictRequest, to_result
 from deployments.rows import Facts
 from deployments.tokens import Encoded, Input, Tokenizer
 
-# Tokens in one handle call: these messages are capped at 4 MB in throughput mode.
+# Of one handle call: its messages are capped at 4 MB in throughput mode, both ways.
 _MAX_CALL_TOKENS = 2**18
+_MAX_CALL_SCORES = 2**18
 
 Answers = list[list[float] | str]
 Encodings = list[tuple[list[int], list[int] | None]]
@@ -70,7 +71,7 @@ class Predictor:
             return await self._predict(task, request)
         except AdapterChanged:
             # The folder changed between the rules and the weights: once more with what is there.
-            self._tasks.forget(task)
+            self._tasks.doubt(task)
             return await self._predict(task, request)
 
     async def _predict(self, task: str, request: PredictRequest) -> dict[str, Any]:
@@ -114,9 +115,10 @@ class Predictor:
         calls: list[Encodings] = []
         call: Encodings = []
         tokens = 0
+        max_rows = max(1, _MAX_CALL_SCORES // len(facts["labels"]))
         for given in encoded:
             size = len(given.tokens.ids)
-            if call and tokens + size > _MAX_CALL_TOKENS:
+            if call and (tokens + size > _MAX_CALL_TOKENS or len(call) == max_rows):
                 calls.append(call)
                 call, tokens = [], 0
             call.append((given.tokens.ids, given.tokens.type_ids))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from adapters.errors import AdapterIncomplete, AdapterRefused, TaskNotFound
 from adapters.store import Look, Store
+from deployments.errors import NotReady
 from deployments.rows import Facts
 
 Describe = Callable[[str], Awaitable[Facts]]
@@ -16,7 +18,7 @@ Describe = Callable[[str], Awaitable[Facts]]
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    look: Look
+    look: Look | None  # None if it is in doubt
     said: Facts | AdapterRefused
     checked_s: float
 
@@ -75,27 +77,31 @@ class Tasks:
             flight.add_done_callback(lambda done: self._landed(task, done))
         return await asyncio.shield(flight)
 
-    def forget(self, task: str) -> None:
-        """Look at a task's folder again at its next request."""
-        self._known.pop(task, None)
+    def doubt(self, task: str) -> None:
+        """Ask about a task again at its next request; what is known holds until the answer."""
+        known = self._known.get(task)
+        if known is not None:
+            self._known[task] = replace(known, look=None, checked_s=-math.inf)
+        self._flights.pop(task, None)  # it may have looked before the change
 
     def _landed(self, task: str, flight: asyncio.Task[Facts]) -> None:
-        del self._flights[task]
+        if self._flights.get(task) is flight:
+            del self._flights[task]
         if not flight.cancelled():
             flight.exception()  # seen here, so that a flight that nobody waits for is no warning
 
     async def _refresh(self, task: str) -> Facts:
         known = self._known.get(task)
         try:
-            look = await self._settled(task, known)
+            look: Look | None = await self._settled(task, known)
             if known is not None and look == known.look:
                 said = known.said
             else:
                 said = await self._ask(task)
         except TaskNotFound:
-            self.forget(task)
+            self._known.pop(task, None)
             raise
-        except AdapterIncomplete:
+        except (AdapterIncomplete, NotReady):
             # A new copy over a served folder: the old one answers until the new one is whole.
             if known is None:
                 raise

@@ -12,16 +12,17 @@ from typing import Any, TypeVar
 
 import torch
 
-from adapters.errors import AdapterChanged
+from adapters.errors import AdapterChanged, AdapterRefused
 from adapters.host import Host
 from adapters.slots import Slots
 from adapters.spec import ProblemType
 from adapters.store import Store
 from deployments.base import BaseName
 from deployments.config import GIB, Args
+from deployments.errors import BatchLoopDied
 from deployments.model.dynamic_batch import batch_queue, dynamic_batch
 from deployments.model.encoder import compute_dtype
-from deployments.model.engine import Engine, Loaded, choose_device
+from deployments.model.engine import BadRow, Engine, Loaded, choose_device
 from deployments.model.facts import to_facts
 from deployments.model.planner import Planner
 from deployments.model.sizing import choose_sizes
@@ -43,6 +44,7 @@ class Model:
         threads = args.num_cpus or len(os.sched_getaffinity(0))
         # Thread counts are a thread's own, and Ray would leave this one a single core.
         self._device = ThreadPoolExecutor(1, "forward", torch.set_num_threads, (threads,))
+        self._device_lost = False
         self.store = Store(args.adapter_store)
         self.engine = await self._on_device(_make_engine, args, self.store)
         vocabulary = export_vocabulary(self.engine.encoder)
@@ -71,7 +73,11 @@ class Model:
         Raises:
             AdapterError: The task is not there, not complete, or refused with all its problems.
         """
-        loaded = await self._read(task)
+        try:
+            loaded = await self._read(task)
+        except AdapterRefused as error:
+            logger.warning("adapter=%s refused: %s", task, "; ".join(error.problems))
+            raise
         self.host.put(f"{task}@{loaded.artifact.version}", loaded)
         return to_facts(loaded.artifact, self._max_length)
 
@@ -107,10 +113,16 @@ class Model:
     @dynamic_batch
     async def answer(self, rows: list[Row]) -> list[Prediction | Exception]:
         """Answer one row; what reaches the body is the batch that it went through in."""
-        return await self._on_device(self.engine.predict, rows)
+        try:
+            return await self._on_device(self.engine.predict, rows)
+        except torch.AcceleratorError:
+            self._device_lost = True  # after an illegal access no kernel runs any more
+            raise
 
     async def check_health(self) -> None:
         """Raise if no row can be answered any more, so that Serve replaces this replica."""
+        if self._device_lost:
+            raise RuntimeError("the device does not answer any more")
         queue = batch_queue(self.answer)
         if queue is not None and not queue.alive:
             raise RuntimeError("the batch loop has ended")
@@ -163,9 +175,12 @@ def _make_engine(args: Args, store: Store) -> Engine:
 
 
 def _as_data(answer: Prediction | BaseException) -> list[float] | str:
-    """Return a row's scores, or the sentence of its own problem; anything else is raised."""
+    """Return a row's scores, or a sentence where it alone failed."""
     if isinstance(answer, Prediction):
         return answer.scores
-    if isinstance(answer, ValueError):
+    if isinstance(answer, BadRow):
         return str(answer)
-    raise answer
+    if isinstance(answer, BatchLoopDied) or not isinstance(answer, Exception):
+        raise answer
+    logger.error("an input could not be answered", exc_info=answer)
+    return "this input could not be answered; the server's log says why"

@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from deployments.errors import BatchLoopDied
+
 logger = logging.getLogger("ray.serve")
 
 
@@ -31,13 +33,12 @@ class Picks(Protocol):
         """Return indices into the lengths of all waiting rows, 0 among them."""
 
 
+# Oldest rows that the planner sees: choosing among more costs the event loop milliseconds.
+_WINDOW = 4096
+
 R = TypeVar("R", bound=Sized)
 A = TypeVar("A")
 Forward = Callable[[list[R]], Awaitable[list[A | Exception]]]
-
-
-class BatchLoopDied(RuntimeError):
-    """The batch loop ended; no row can be answered by this replica any more."""
 
 
 @dataclass(slots=True)
@@ -105,7 +106,8 @@ class BatchQueue:
             return []
         try:
             # With the oldest whatever the planner says: a loop that takes nothing never yields.
-            picked = {0, *self._planner.pick([w.row.num_tokens for w in self._waiting])}
+            window = self._waiting[:_WINDOW]
+            picked = {0, *self._planner.pick([w.row.num_tokens for w in window])}
         except BaseException as error:
             _fail(self._waiting, error)
             raise

@@ -51,6 +51,8 @@ class Encoder:
         self.dtype = compute_dtype(device)
         self.model, missing = _load(base, max_labels, self.dtype)
         self.config = self.model.config
+        if self.config.pad_token_id is None:
+            raise BaseUnavailable(f"base_model={str(base)!r} has no pad token, which batches need")
         linears = {n: m for n, m in self.model.named_modules() if type(m) is nn.Linear}
         head = head_paths(self.model, linears, missing)
         quantize(self.model, head, quantization, device)

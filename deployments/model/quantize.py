@@ -51,10 +51,12 @@ def quantize(
     linears = [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear and n not in skip]
     for path, linear in linears:
         parent, _, name = path.rpartition(".")
-        new = Int8Linear(linear) if device.type == "cpu" and quantization == "int8" else None
-        setattr(
-            model.get_submodule(parent), name, new or _bitsandbytes(linear, quantization, device)
-        )
+        new: nn.Module
+        if device.type == "cpu" and quantization == "int8":
+            new = Int8Linear(linear)
+        else:
+            new = _bitsandbytes(linear, quantization, device)
+        setattr(model.get_submodule(parent), name, new)
 
 
 def _bitsandbytes(linear: nn.Linear, quantization: Quantization, device: torch.device) -> nn.Module:

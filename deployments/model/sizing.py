@@ -15,6 +15,7 @@ from deployments.config import GIB, MAX_LABELS, MAX_RANK, Args, ConfigError
 from deployments.model.encoder import base_config, head_paths, is_target
 
 _SLOTS, _RANK, _LABELS = 64, 16, 16  # what `auto` aims at, so that an empty store works
+_FEW = 8  # slots under which it gives up generous rows for more of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +48,11 @@ def choose_sizes(args: Args, base: BaseName, store: Store, dtype: torch.dtype) -
     """Return a bank's measures, `auto` being all linears, rank 16, 16 labels and 64 slots.
 
     It is more where the store's adapters need more, and less where that exceeds `max_bank_gib`:
-    first fewer slots, then only what the store's adapters need.
+    first fewer slots, then only what the store's adapters need, then without regard to them: one
+    odd adapter, which is then refused when it is asked for, must not stop the start.
 
     Raises:
-        ConfigError: Not one adapter fits `max_bank_gib`.
+        ConfigError: `max_bank_gib` does not hold the slots asked for, or not one adapter.
         BaseUnavailable: The base cannot be had.
     """
     # On the meta device the model has shapes but no weights, so this costs no memory.
@@ -58,20 +60,20 @@ def choose_sizes(args: Args, base: BaseName, store: Store, dtype: torch.dtype) -
         model = AutoModelForSequenceClassification.from_config(base_config(base))
     linears = {n: m for n, m in model.named_modules() if type(m) is nn.Linear}
     head = head_paths(model, linears, missing=())
-    held = _survey(store, head[-1])
+    held = _survey(store, head[-1], linears)
     wide = _merge(args, held, _Held(_RANK, _LABELS, frozenset()), targets=None)
     narrow = _merge(args, held, _Held(1, 1, frozenset()), targets=held.targets or None)
-    for measures in (wide, narrow):
+    plain = _merge(args, _Held(0, 0, frozenset()), _Held(_RANK, _LABELS, frozenset()), None)
+    for measures, least in ((wide, _FEW), (narrow, 1), (plain, 1)):
         row_bytes = _row_bytes(linears, head, measures, dtype)
-        if args.adapter_slots != "auto":
-            return _sizes(args.adapter_slots, measures)
         fitting = int(args.max_bank_gib * GIB) // row_bytes - 1  # slot 0 is the zero adapter
-        if fitting >= (8 if measures is wide else 1):
-            return _sizes(min(_SLOTS, fitting), measures)
+        if fitting >= (least if args.adapter_slots == "auto" else args.adapter_slots):
+            slots = min(_SLOTS, fitting) if args.adapter_slots == "auto" else args.adapter_slots
+            return _sizes(slots, measures)
     raise ConfigError(
-        f"an adapter of this base takes {row_bytes / GIB:.2f} GiB of the bank, "
-        f"so max_bank_gib={args.max_bank_gib} holds none; raise it, or lower max_lora_rank or "
-        "lora_targets"
+        f"an adapter takes {row_bytes / GIB:.2g} GiB of the bank, so max_bank_gib="
+        f"{args.max_bank_gib} does not hold adapter_slots={args.adapter_slots}; raise it, or lower "
+        "adapter_slots, max_lora_rank or lora_targets"
     )
 
 
@@ -92,7 +94,7 @@ def _merge(args: Args, held: _Held, least: _Held, targets: Collection[str] | Non
     )
 
 
-def _survey(store: Store, labelled: str) -> _Held:
+def _survey(store: Store, labelled: str, linears: Collection[str]) -> _Held:
     """Look over the store's configs and tensor headers.
 
     What cannot be read, or cannot be meant, counts as nothing: one odd folder, which is refused
@@ -103,6 +105,8 @@ def _survey(store: Store, labelled: str) -> _Held:
         config, shapes = store.summary(task, [f"{labelled}.weight"])
         r, names = config.get("r"), config.get("target_modules")
         rank = max(rank, _measure(r, MAX_RANK))
+        if isinstance(names, str):  # "all-linear", or a regular expression
+            targets.update(linears)
         names = names if isinstance(names, list) else []
         targets.update(name for name in names if isinstance(name, str))
         heads = [s for s in shapes.values() if isinstance(s, list) and len(s) == 2]

@@ -209,3 +209,15 @@ def test_all_problems_of_a_bad_adapter_are_in_one_message(
         assert part in said, part
     assert len(problems) == 13
     assert len(said) < 1500
+
+
+def test_one_label_is_no_single_label_classification(refused: Refused, tensors: Tensors) -> None:
+    tensors[PREFIX + "classifier.weight"] = torch.ones(1, 6)
+    tensors[PREFIX + "classifier.bias"] = torch.ones(1)
+    (problem,) = refused(task__json={"problem_type": "single_label_classification"})
+    assert "one label" in problem
+
+
+def test_a_regression_takes_no_threshold(refused: Refused) -> None:
+    (problem,) = refused(task__json={"problem_type": "regression", "threshold": 0.5})
+    assert "threshold means nothing for a regression" in problem

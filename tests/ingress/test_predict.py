@@ -131,6 +131,17 @@ async def test_many_tokens_go_in_several_calls_and_stay_in_order(
     assert all(sum(a) + b[0] > 12 for a, b in pairwise(sizes))
 
 
+async def test_many_scores_come_in_several_answers(
+    ask: Ask, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "_MAX_CALL_SCORES", 6)  # three rows of two labels
+    texts = [f"w{n}" for n in range(10)]
+    answer = await ask(*texts, return_scores=True)
+    own = [score(ids_of(text)) for text in texts]
+    assert [result["probabilities"]["no"] for result in answer["results"]] == own
+    assert [len(inputs) for _, _, _, inputs in model.calls] == [3, 3, 3, 1]
+
+
 async def test_a_row_that_fails_in_the_model_fails_alone(ask: Ask, model: Model) -> None:
     model.broken = {5}
     answer = await ask("w4", "w5", "w6")

@@ -303,15 +303,26 @@ async def test_a_model_that_is_away_is_not_the_folder_s_fault(
     assert (await tasks.get("mood"))["task"] == "mood"
 
 
-async def test_a_forgotten_task_is_described_again(
+async def test_a_task_in_doubt_is_described_again(write: Write, tasks: Tasks, model: Model) -> None:
+    write()
+    await tasks.get("mood")
+    tasks.doubt("mood")
+    tasks.doubt("absent")
+    await tasks.get("mood")
+    assert model.asked == ["mood"] * 2
+
+
+async def test_a_task_in_doubt_whose_folder_is_being_copied_keeps_the_old_answer(
     write: Write, tasks: Tasks, model: Model
 ) -> None:
     write()
-    await tasks.get("mood")
-    tasks.forget("mood")
-    tasks.forget("absent")
-    await tasks.get("mood")
-    assert model.asked == ["mood"] * 2
+    old = await tasks.get("mood")
+    model.error = AdapterIncomplete("mood", "its folder is still changing")
+    tasks.doubt("mood")
+    assert await tasks.get("mood") == old
+    model.error = NotReady("no replica")
+    tasks.doubt("mood")
+    assert await tasks.get("mood") == old
 
 
 async def test_the_names_are_those_of_the_store(write: Write, tasks: Tasks) -> None:

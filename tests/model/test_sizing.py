@@ -36,7 +36,6 @@ def sizes_of(tiny_base: str) -> Callable[..., Sizes]:
 
 def test_an_empty_store_gets_the_defaults(sizes_of: Callable[..., Sizes], tmp_path: Path) -> None:
     assert sizes_of(Store(tmp_path)) == Sizes(64, 16, 16, None)
-    assert sizes_of(Store(tmp_path / "not made yet")) == Sizes(64, 16, 16, None)
 
 
 def test_a_store_that_needs_more_gets_more(
@@ -70,7 +69,9 @@ def test_short_memory_gives_fewer_slots_then_only_what_the_store_holds(
 def test_a_budget_for_no_adapter_at_all_is_refused(
     sizes_of: Callable[..., Sizes], wide_store: Store
 ) -> None:
-    with pytest.raises(ConfigError, match=r"max_bank_gib=1e-06 holds none; raise it"):
+    with pytest.raises(
+        ConfigError, match=r"max_bank_gib=1e-06 does not hold adapter_slots=auto; raise"
+    ):
         sizes_of(wide_store, max_bank_gib=1e-6)
 
 
@@ -95,3 +96,28 @@ def _row_bytes(base: str, sizes: Sizes) -> int:
         lora_targets=sizes.lora_targets,
     )
     return encoder.bank.row_bytes
+
+
+def test_slots_that_were_asked_for_must_fit(
+    sizes_of: Callable[..., Sizes], wide_store: Store, tiny_base: str
+) -> None:
+    narrow = _row_bytes(tiny_base, Sizes(1, 24, 40, frozenset({"query", "value"})))
+    budget_gib = 21.5 * narrow / GIB
+    assert sizes_of(wide_store, adapter_slots=20, max_bank_gib=budget_gib).adapter_slots == 20
+    with pytest.raises(ConfigError, match="does not hold adapter_slots=2000"):
+        sizes_of(wide_store, adapter_slots=2000, max_bank_gib=budget_gib)
+
+
+def test_one_enormous_adapter_does_not_stop_the_start(
+    sizes_of: Callable[..., Sizes], tiny_base: str, tmp_path: Path
+) -> None:
+    (tmp_path / "enormous").mkdir()
+    (tmp_path / "enormous" / "adapter_config.json").write_text(
+        '{"r": 1024, "target_modules": "all-linear"}'
+    )
+    (tmp_path / "enormous" / "adapter_model.safetensors").write_bytes(b"\2" + b"\0" * 7 + b"{}")
+    wide = _row_bytes(tiny_base, Sizes(1, 16, 16, None))
+    assert sizes_of(Store(tmp_path)).max_lora_rank == 1024
+    small = sizes_of(Store(tmp_path), max_bank_gib=10.5 * wide / GIB)
+    assert (small.max_lora_rank, small.lora_targets) == (16, None)
+    assert 8 <= small.adapter_slots <= 9

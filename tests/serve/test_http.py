@@ -208,9 +208,14 @@ def test_json_that_is_not_declared_as_such_is_told_to_be(http: httpx2.Client, ki
     assert_problem(response, 422, "content-type: application/json")
 
 
-@pytest.mark.parametrize("path", ["/v1/tasks/nope/predict", "/v1/tasks/Not%20A%20Task/predict"])
-def test_an_unknown_task_says_where_to_look(http: httpx2.Client, path: str) -> None:
-    assert_problem(http.post(path, json={"texts": ["a"]}), 404, "no task", "GET /v1/tasks")
+def test_an_unknown_task_says_where_to_look(http: httpx2.Client) -> None:
+    response = http.post("/v1/tasks/nope/predict", json={"texts": ["a"]})
+    assert_problem(response, 404, "no task 'nope'", "adapter store", "GET /v1/tasks")
+
+
+def test_a_name_that_no_task_can_have_says_which_it_can(http: httpx2.Client) -> None:
+    response = http.post("/v1/tasks/Not%20A%20Task/predict", json={"texts": ["a"]})
+    assert_problem(response, 404, "'Not A Task' cannot be a task", "1 to 64 of a-z")
 
 
 def test_a_description_of_an_unknown_task_says_where_to_look(http: httpx2.Client) -> None:

@@ -111,13 +111,7 @@ class Server:
         """Sends a signal, to the whole group if as a terminal does; returns how long it took."""
         assert self.main is not None
         started_s = time.monotonic()
-        before = self.processes()
         (os.killpg if as_terminal else os.kill)(self.main.pid, signum)
-        while before:
-            time.sleep(.1); self.main.poll()
-            now = self.processes()
-            for k in before.keys() - now.keys(): print(round(time.monotonic() - started_s, 1), before[k][-90:])
-            before = now
         self.main.wait(60)
         self.wait_until_gone()
         taken_s = time.monotonic() - started_s

@@ -1,0 +1,84 @@
+"""Two model replicas: each may be asked for any version, and one may die."""
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+TASKS = ("aspects", "sentiment", "spam", "topic")
+TEXTS = ["I absolutely loved this product!", "The parcel came late and nobody answered."]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def pair(app: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The examples' tasks behind two replicas at /pair; yields their store."""
+    from ray import serve
+
+    from deployments.app import build
+    from deployments.config import Args
+
+    store = tmp_path_factory.mktemp("pair") / "store"
+    shutil.copytree(ROOT / "examples" / "store", store)
+    args = Args(
+        base_model=str(ROOT / "examples" / "base"),
+        adapter_store=str(store),
+        quantization="none",
+        device="cpu",
+        num_cpus=1,
+        num_replicas=2,
+    )
+    serve.run(build(args), name="pair", route_prefix="/pair")
+    yield store
+    serve.delete("pair")
+
+
+def model_pids() -> list[int]:
+    """The processes of the application's model replicas."""
+    ours = psutil.Process().children(recursive=True)
+    return [p.pid for p in ours if "ServeReplica:pair:Model" in " ".join(p.cmdline())]
+
+
+def probabilities(answer: dict[str, Any]) -> list[list[float]]:
+    return [list(result["probabilities"].values()) for result in answer["results"]]
+
+
+def test_both_replicas_answer_every_task_as_peft_does(pair: Path, ask: Any, oracle: Any) -> None:
+    assert len(model_pids()) == 2
+    want = {
+        task: oracle.scores(pair / task, TEXTS, multi_label=task == "aspects") for task in TASKS
+    }
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda task: ask(task, TEXTS, prefix="/pair"), TASKS * 16))
+    for answer in answers:
+        for got, wanted in zip(probabilities(answer), want[answer["task"]], strict=True):
+            assert got == pytest.approx(wanted, abs=1e-4)
+
+
+def test_a_killed_replica_fails_no_request(pair: Path, ask: Any) -> None:
+    want = {task: probabilities(ask(task, TEXTS, prefix="/pair")) for task in TASKS}
+    victim = model_pids()[0]
+    until_s = time.monotonic() + 6
+
+    def keep_asking(task: str) -> int:
+        count = 0
+        while time.monotonic() < until_s:
+            got = probabilities(ask(task, TEXTS, prefix="/pair"))  # fails on any other status
+            for scores, wanted in zip(got, want[task], strict=True):
+                assert scores == pytest.approx(wanted, abs=1e-4)
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(keep_asking, task) for task in TASKS]
+        time.sleep(1)
+        os.kill(victim, signal.SIGKILL)
+        assert all(future.result() > 5 for future in asked)
+    assert victim not in model_pids()
