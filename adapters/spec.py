@@ -173,13 +173,13 @@ def _read_config(
     if method != "LORA":
         problems.append(f"peft_type {method!r} is not served; only LORA is")
         return None
-    before = len(problems)
     if config.get("task_type") not in (None, "SEQ_CLS"):
         problems.append(f"task_type {config['task_type']!r} is not served; only SEQ_CLS is")
     for key, value in config.items():
         problem = _key_problem(key, value)
         if problem:
             problems.append(problem)
+    before = len(problems)  # what follows leaves nothing to go on with
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         problems.append(f"r must be a positive integer, not {shorten(rank)}")

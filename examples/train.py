@@ -5,8 +5,8 @@
 Each adapter is saved as PEFT saves it, with a task.json beside it that names its labels; how well
 it does on the held-out rows goes to examples/accuracy.json.
 
-The recipes in TASKS were chosen by cross-validation over the training rows alone. The held-out rows
-are read once an adapter is trained and saved, and never to choose anything.
+Recipes close to those in TASKS were compared by cross-validation over the training rows alone. The
+held-out rows are read once an adapter is trained and saved, and never to choose anything.
 """
 
 import argparse

@@ -39,12 +39,13 @@ class Model:
     The event loop owns queue, slots and host cache; one thread owns all work on the device.
     """
 
+    _device_lost = False
+
     async def __init__(self, args: Args) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         """Load the base; the replica takes traffic when this returns."""
         threads = args.num_cpus or len(os.sched_getaffinity(0))
         # Thread counts are a thread's own, and Ray would leave this one a single core.
         self._device = ThreadPoolExecutor(1, "forward", torch.set_num_threads, (threads,))
-        self._device_lost = False
         self.store = Store(args.adapter_store)
         self.engine = await self._on_device(_make_engine, args, self.store)
         vocabulary = export_vocabulary(self.engine.encoder)

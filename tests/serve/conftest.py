@@ -152,7 +152,7 @@ def cluster(short_dir: Path) -> Iterator[str]:
         try:
             ray.init(
                 address="local",
-                num_cpus=8,  # Reserved, not used: two applications with two model replicas and more.
+                num_cpus=8,  # Reserved, not used: two applications, one with two model replicas.
                 include_dashboard=False,
                 log_to_driver=False,
                 configure_logging=False,
