@@ -64,6 +64,8 @@ class Server:
         self.main: subprocess.Popen[bytes] | None = None
 
     def start(self, *command: str) -> None:
+        # A shell's background job ignores SIGINT, and whatever it starts would inherit that.
+        inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
         with self.log.open("wb") as log:
             self.main = subprocess.Popen(
                 [sys.executable, *command],
@@ -74,6 +76,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        signal.signal(signal.SIGINT, inherited)
 
     def wait_until(self, happened: Callable[[], bool]) -> None:
         assert self.main is not None
