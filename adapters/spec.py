@@ -105,10 +105,6 @@ class Spec:
         """Tell whether PEFT would put LoRA on this module path (`check_target_module_exists`)."""
         return _matches(module, self.target_modules) and not _matches(module, self.exclude_modules)
 
-    def saves(self, module: str) -> bool:
-        """Tell whether PEFT would save this module whole (it matches the end of the path)."""
-        return module.endswith(self.modules_to_save) if self.modules_to_save else False
-
 
 def _matches(module: str, patterns: tuple[str, ...] | str) -> bool:
     if patterns == "all-linear":
