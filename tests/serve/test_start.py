@@ -254,11 +254,8 @@ def test_ctrl_c_during_the_start_leaves_nothing_behind(
 
 
 @pytest.mark.slow  # as above, but for the signal
-@pytest.mark.parametrize(
-    ("signum", "as_terminal"),
-    # SIGTERM to the whole group ends Ray's own processes before the server can stop them in order.
-    [(signal.SIGINT, True), (signal.SIGINT, False), (signal.SIGTERM, False)],
-)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("as_terminal", [True, False])
 def test_a_configuration_file_is_served_until_any_signal(
     server: Server, examples: Path, signum: signal.Signals, as_terminal: bool
 ) -> None:
