@@ -13,6 +13,7 @@ from transformers.utils import cached_file, logging
 
 from adapters.geometry import Geometry, SiteShape
 from deployments.base import BaseName, BaseUnavailable
+from deployments.model.attention import steady
 from deployments.model.bank import Bank, Field
 from deployments.model.quantize import Quantization, quantize
 from deployments.model.sites import HeadSite, LoraSite
@@ -49,7 +50,7 @@ class Encoder:
         self.base = base
         self.device = device
         self.dtype = compute_dtype(device)
-        self.model, missing = _load(base, max_labels, self.dtype)
+        self.model, missing = _load(base, max_labels, device)
         self.config = self.model.config
         if self.config.pad_token_id is None:
             raise BaseUnavailable(f"base_model={str(base)!r} has no pad token, which batches need")
@@ -159,7 +160,7 @@ def base_config(base: BaseName) -> object:
 
 
 def _load(
-    base: BaseName, max_labels: int, dtype: torch.dtype
+    base: BaseName, max_labels: int, device: torch.device
 ) -> tuple[PreTrainedModel, frozenset[str]]:
     """Load the base with a head of max_labels; also return the parameters it does not bring."""
     verbosity = logging.get_verbosity()
@@ -169,7 +170,7 @@ def _load(
             base.path,
             revision=base.revision,
             num_labels=max_labels,
-            dtype=dtype,
+            dtype=compute_dtype(device),
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
@@ -177,6 +178,8 @@ def _load(
         raise _unavailable(base, error) from None
     finally:
         logging.set_verbosity(verbosity)
+    if device.type == "cpu":
+        steady(model)
     mismatched = {entry[0] for entry in info["mismatched_keys"]}
     return model.eval().requires_grad_(False), frozenset(info["missing_keys"]) | mismatched
 

@@ -83,9 +83,16 @@ def test_a_neighbour_with_activations_20_times_larger_changes_no_answer(
     assert change[[index for index in range(len(mixed_rows)) if index != loud]].max() <= 1e-5
 
 
+@pytest.mark.parametrize(
+    ("rows_a_batch", "widen"),
+    [(32, lambda longest: longest * 5 // 4 + 1), (16, lambda _: 128), (1, lambda _: 64)],
+    ids=["a-quarter-more", "to-the-end", "one-row"],
+)
 @pytest.mark.parametrize("quantization", QUANTIZED)
 def test_padding_changes_an_answer_only_by_rounding(
     quantization: str,
+    rows_a_batch: int,
+    widen: Callable[[int], int],
     example_engine: Callable[[str], Engine],
     example_labels: dict[str, int],
     heldout: dict[str, list[Row]],
@@ -94,12 +101,11 @@ def test_padding_changes_an_answer_only_by_rounding(
     changes, same = [], []
     for task, unsorted in heldout.items():
         rows = sorted(unsorted, key=lambda row: row.num_tokens)
-        for start in range(0, len(rows), 32):
-            batch = rows[start : start + 32]
-            longest = batch[-1].num_tokens
+        for start in range(0, len(rows), rows_a_batch):
+            batch = rows[start : start + rows_a_batch]
             tight, wide = (
                 logits_of(engine, batch, width)[:, : example_labels[task]]
-                for width in (None, longest + 1 + longest // 4)
+                for width in (None, widen(batch[-1].num_tokens))
             )
             changes.append((wide - tight).abs().flatten())
             said = [x > 0 if task == "aspects" else x.argmax(dim=1) for x in (tight, wide)]
@@ -107,5 +113,6 @@ def test_padding_changes_an_answer_only_by_rounding(
     change, agreed = torch.cat(changes), torch.cat(same)
     assert len(agreed) > 400
     assert change.median() <= 1e-5
-    assert change.quantile(0.99) <= 0.05
+    # Before keys were padded to a multiple of 16 this was 0.04 to 0.07 for int8 (docs/adr/0002).
+    assert change.quantile(0.99) <= 0.01
     assert agreed.float().mean() >= 0.995

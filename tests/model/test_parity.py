@@ -101,6 +101,8 @@ def oracle(side: Side, example_base: str, example_store: Store) -> Callable[[str
         if side.engine.quantization != "none":
             for path, linear in side.linears.items():
                 model.set_submodule(path, linear)
+            # Attention's last bits decide how int8 rounds; without quantisation they may differ.
+            model.set_attn_implementation(side.engine.encoder.config._attn_implementation)
         return PeftModel.from_pretrained(model, str(example_store.root / task)).eval()
 
     return load
