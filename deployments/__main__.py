@@ -1,124 +1,43 @@
-"""`python -m deployments serve_config.yaml`: `serve run`, made for people.
+"""`python -m deployments serve_config.yaml`: serve until a signal comes.
 
-The configuration is checked before Ray starts, and a start that fails says why and ends. SIGTERM
-stops as Ctrl-C does, and nothing is left behind.
+Ray's processes must outlive the signal that stops them: a raylet that gets the same SIGTERM (a
+group's, as from `timeout` or a service manager) dies first, and Serve then waits 30 s for it. So
+all of Ray runs in a session of its own, and this process only passes signals on.
 """
 
-from __future__ import annotations
-
-import _thread
-import logging
-import re
+import os
 import signal
 import sys
 import threading
-from pathlib import Path
-from typing import Any
-
-import click
-import ray
-import yaml
-from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
-from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ServeDeploySchema
-from ray.serve.scripts import cli
-
-from deployments.config import Args, ConfigError
-
-_BUILDER = "deployments.app:build"
-# A Python traceback's last line: the error's class, then what it says.
-_SAID = re.compile(r"^[\w.]+(?:Error|Exception|Unavailable): (.+)$", re.MULTILINE)
 
 
-def main(arguments: list[str]) -> int:
-    """Serve a configuration file until a signal comes; return the exit status."""
-    if len(arguments) != 1:
-        return _complain("usage: python -m deployments serve_config.yaml")
-    try:
-        config = read_config(Path(arguments[0]))
-    except ConfigError as error:
-        return _complain(f"{arguments[0]}: {error}")
-    names = [application.name for application in config.applications]
-    ray.init(namespace="serve", logging_level=logging.WARNING)
-    signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which sets its own
-    failed, ending = threading.Event(), threading.Event()
-    http: Any = config.http_options
-    address = f"http://{http.host}:{http.port}"
-    watch = threading.Thread(target=_watch, args=(names, address, failed, ending), daemon=True)
-    watch.start()
-    try:
-        cli.main(["run", arguments[0]], standalone_mode=False)
-    except SystemExit:
-        pass  # it has shut Serve down itself
-    except (KeyboardInterrupt, click.Abort):  # the latter from the command's own first steps
-        serve.shutdown()
-    finally:
-        # Another signal must not cut the stop short: it would leave processes behind.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        # Whoever asks Serve something after ray.shutdown starts another Ray.
-        ending.set()
-        watch.join(5)
-        ray.shutdown()
-    return 1 if failed.is_set() else 0
+def main() -> int:
+    """Run `deployments.run` in a session of its own; return its exit status."""
+    mine, theirs = os.pipe()  # never written to: it closes when this process ends, however it ends
+    child = os.fork()
+    if child == 0:
+        os.close(theirs)
+        return _serve(mine)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda signum, _: os.kill(child, signum))
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return status if status >= 0 else 128 - status
 
 
-def read_config(path: Path) -> ServeDeploySchema:
-    """Read a Serve configuration file and validate its arguments for `deployments.app:build`.
+def _serve(parent: int) -> int:
+    os.setsid()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_DFL)  # nothing runs yet that must be stopped
+    from deployments import run
 
-    Raises:
-        ConfigError: It cannot be read, or something in it is wrong.
-    """
-    try:
-        config = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
-    except OSError as error:
-        raise ConfigError(error.strerror or str(error)) from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(" ".join(str(error).split())) from None
-    for application in config.applications:
-        if application.import_path == _BUILDER:
-            Args.model_validate(application.args)
-    return config
+    threading.Thread(target=_stop_after, args=(parent,), daemon=True).start()
+    return run.main(sys.argv[1:])
 
 
-def _watch(
-    names: list[str], address: str, failed: threading.Event, ending: threading.Event
-) -> None:
-    """Say when every application runs; end the process if one cannot."""
-    while not ending.wait(0.5):
-        try:
-            statuses = serve.status().applications
-        except (RayError, RayServeException):  # Serve is being shut down under it
-            continue
-        for name in names:
-            status = statuses.get(name)
-            if status is not None and status.status == ApplicationStatus.DEPLOY_FAILED:
-                _complain(f"{name}: {_reason(status)}")
-                failed.set()
-                _thread.interrupt_main()
-                return
-        running = ApplicationStatus.RUNNING
-        if all(name in statuses and statuses[name].status == running for name in names):
-            print(f"{', '.join(names)}: ready at {address} (Ctrl-C stops it)", flush=True)
-            return
-
-
-def _reason(status: ApplicationStatusOverview) -> str:
-    """Find the sentence that was raised in the tracebacks that Serve keeps."""
-    told = [status.message, *(deployment.message for deployment in status.deployments.values())]
-    said = [sentence for message in told for sentence in _SAID.findall(message)]
-    return str(said[-1] if said else " ".join(told))
-
-
-def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
-def _complain(sentence: str) -> int:
-    print(sentence, file=sys.stderr, flush=True)
-    return 1
+def _stop_after(parent: int) -> None:
+    os.read(parent, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -43,7 +43,7 @@ def room(module: str) -> str:
         return top if top in OURS else ""
     if rest and rest[0] in (*ROOMS, "app"):
         return rest[0]
-    return "app" if rest and rest[0] == "__main__" else "shared"
+    return "app" if rest and rest[0] in ("__main__", "run") else "shared"
 
 
 def allowed(own: str) -> set[str]:
@@ -75,7 +75,7 @@ def test_imports_run_one_way(path: Path) -> None:
 
 @every_file
 def test_ray_stays_in_its_files(path: Path) -> None:
-    if path.parts[0] == "deployments" and path.name in ("deployment.py", "app.py", "__main__.py"):
+    if path.parts[0] == "deployments" and path.name in ("deployment.py", "app.py", "run.py"):
         return
     assert not [name for name in imports(path) if name.split(".")[0] == "ray"]
 

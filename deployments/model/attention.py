@@ -34,7 +34,8 @@ def steady(model: PreTrainedModel) -> None:
 def _mask(kv_length: int, **kwargs: Any) -> torch.Tensor:
     """Return transformers' mask, bool [rows, 1, queries, keys], its keys padded with False."""
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    mask: torch.Tensor = sdpa_mask(kv_length=-(-kv_length // _MULTIPLE) * _MULTIPLE, **kwargs)
+    mask = sdpa_mask(kv_length=-(-kv_length // _MULTIPLE) * _MULTIPLE, **kwargs)
+    assert mask is not None  # it may not skip
     return mask
 
 
@@ -46,7 +47,7 @@ def _attend(
     attention_mask: torch.Tensor,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend as `sdpa` does, over as many keys as the mask has; all are [rows, heads, tokens, …]."""
+    """Attend as `sdpa` does, over as many keys as the mask has; all [rows, heads, tokens, size]."""
     more = (0, 0, 0, attention_mask.shape[-1] - key.shape[2])
     key, value = functional.pad(key, more), functional.pad(value, more)
     attended: tuple[torch.Tensor, None] = sdpa_attention_forward(

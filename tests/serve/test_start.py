@@ -240,7 +240,13 @@ def test_a_configuration_file_is_served_until_sigterm(
 
 
 @pytest.mark.parametrize(
-    "stage", ["ServeController", pytest.param("ServeReplica", marks=pytest.mark.slow)]
+    "stage",
+    [
+        "deployments",  # the launcher itself, before Ray
+        pytest.param("gcs_server", marks=pytest.mark.slow),
+        "ServeController",
+        pytest.param("ServeReplica", marks=pytest.mark.slow),
+    ],
 )
 def test_ctrl_c_during_the_start_leaves_nothing_behind(
     server: Server, examples: Path, stage: str
@@ -262,6 +268,14 @@ def test_a_configuration_file_is_served_until_any_signal(
     server.start("-m", "deployments", write_config(server, adapter_store=str(examples)))
     server.wait_until(lambda: "ready" in server.log.read_text())
     taken_s = server.stop(signum, as_terminal=as_terminal)
+    assert taken_s < STOP_S, server.log.read_text()
+
+
+@pytest.mark.slow  # as above, but for the signal
+def test_nothing_is_left_behind_when_the_launcher_is_killed(server: Server, examples: Path) -> None:
+    server.start("-m", "deployments", write_config(server, adapter_store=str(examples)))
+    server.wait_until(lambda: "ready" in server.log.read_text())
+    taken_s = server.stop(signal.SIGKILL, as_terminal=False)
     assert taken_s < STOP_S, server.log.read_text()
 
 
