@@ -11,7 +11,7 @@ ifneq ($(wildcard /etc/ssl/certs/ca-certificates.crt),)
 export UV_SYSTEM_CERTS ?= 1
 endif
 
-.PHONY: help setup serve test test-all check bench train readme lock clean
+.PHONY: help setup serve test test-all test-lowest check bench train readme lock clean
 # A venv that failed half-way (Debian without python3-venv) must not look like one.
 .DELETE_ON_ERROR:
 
@@ -36,6 +36,13 @@ test: setup  ## Run the tests, but for those marked slow
 
 test-all: setup  ## Run all tests
 	$(BIN)/python -m pytest -m ""
+
+# The oldest of every package that pyproject.toml allows, for the engine: what a GPU image may have.
+test-lowest: setup  ## Run the tests of engine and adapters on the oldest packages allowed
+	$(PYTHON) -m venv --clear .venv-lowest
+	$(UV) pip install --python .venv-lowest/bin/python --resolution lowest-direct --quiet \
+	    -r pyproject.toml --group dev
+	.venv-lowest/bin/python -m pytest -p no:cacheprovider tests/adapters tests/model
 
 check: setup  ## Check format, lint and types
 	$(BIN)/ruff format --check .

@@ -30,7 +30,7 @@ for base in sys.argv[1:]:
 
 @pytest.fixture(scope="module")
 def hub(tiny_base: str) -> Iterator[str]:
-    """Serves tiny_base as org/tiny at the revision v1; org/gated is gated, nothing else exists."""
+    """Serves tiny_base as org/tiny at the revision v1; main is empty, org/gated is gated."""
 
     class Hub(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -46,7 +46,7 @@ def hub(tiny_base: str) -> Iterator[str]:
                 self._refuse(403, "GatedRepo", "Access to model org/gated is restricted")
             elif not self.path.startswith("/org/tiny/"):
                 self._refuse(404, "RepoNotFound", "Repository not found")
-            elif not self.path.startswith(org_tiny):
+            elif not self.path.startswith((org_tiny, "/org/tiny/resolve/main/")):
                 self._refuse(404, "RevisionNotFound", "Invalid rev id")
             elif not file.is_file():
                 self._refuse(404, "EntryNotFound", "Entry not found")

@@ -222,11 +222,15 @@ def run_example() -> Callable[..., subprocess.CompletedProcess[str]]:
     )
 
     def run(
-        cwd: Path, address: str, *arguments: str, **environment: str
+        cwd: Path,
+        address: str,
+        *arguments: str,
+        python: str | Path = sys.executable,
+        **environment: str,
     ) -> subprocess.CompletedProcess[str]:
         plain = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "RAY_"))}
         return subprocess.run(
-            [sys.executable, "-I", "-c", script, *arguments],
+            [python, "-I", "-c", script, *arguments],
             cwd=cwd,
             env={**plain, "RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled", **environment},
             capture_output=True,

@@ -1,4 +1,7 @@
 import ast
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +132,25 @@ def test_the_example_works_in_a_process_without_our_code(
     assert answer["task"] == "sentiment"
     assert answer["version"] == http.get("/v1/tasks/sentiment").json()["version"]
     assert set(answer["results"][0]["probabilities"]) == {"Negative", "Positive"}
+
+
+@pytest.mark.slow  # installs Ray
+def test_the_example_works_in_a_venv_that_has_ray_alone(
+    app: Any, run_example: Any, tmp_path: Path
+) -> None:
+    import ray
+
+    venv = tmp_path / "venv"
+    python = venv / "bin" / "python"
+    uv = shutil.which("uv") or f"{sys.prefix}/bin/uv"
+    for command in (
+        ["venv", "--python", sys.executable, venv],
+        ["pip", "install", "--python", python, f"ray[serve]=={ray.__version__}"],
+    ):
+        subprocess.run([uv, *command], check=True, timeout=500)
+    done = run_example(tmp_path, app.address, python=python)
+    assert done.returncode == 0, done.stderr
+    assert ast.literal_eval(done.stdout.strip().splitlines()[-1])["task"] == "sentiment"
 
 
 def test_the_example_ends_with_the_sentence_of_an_error(
