@@ -11,7 +11,8 @@ from safetensors.torch import load as load_safetensors
 
 from adapters.errors import AdapterRefused
 from adapters.geometry import Geometry, hub_id
-from adapters.spec import ProblemType, Rules, Spec, read_spec
+from adapters.rules import ProblemType, Rules
+from adapters.spec import Spec, read_spec
 from adapters.store import WEIGHTS, Files
 
 _PREFIX = "base_model.model."

@@ -9,12 +9,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from reprlib import repr as shorten
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-
-ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
-Truncation = bool | Literal["longest_first", "only_first", "only_second"]
+from adapters.rules import ProblemType, Rules, read_rules
 
 # Keys of adapter_config.json that say how the adapter is computed, and are read below.
 _READ = {
@@ -30,42 +27,6 @@ _WITHOUT_EFFECT = {
 _LARGEST = sys.float_info.max
 # Initialisations that leave the base as it is; the others change its weights at training.
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
-
-
-class Rules(BaseModel):
-    """`task.json`: how a task's texts become ids, and its scores an answer. Every key optional."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    labels: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] | None = Field(
-        None, description="Label names by index. Else from the folder's config.json, else LABEL_0…"
-    )
-    problem_type: ProblemType | None = Field(
-        None, description="Else from config.json, else guessed: one label is regression."
-    )
-    threshold: Annotated[float, Field(ge=0, le=1, strict=False)] | None = Field(
-        None, description='Below it the answer is "Uncertain" (multi-label: not listed; else 0.5).'
-    )
-    max_length: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="Longest input in tokens, as in training. Else what the base can take."
-    )
-    truncation: Truncation = Field(
-        True, description="How a longer text is cut, as in training; false refuses it instead."
-    )
-    padding: bool | Literal["longest", "max_length", "do_not_pad"] = Field(
-        True, description="Accepted and without effect: padding never changes an answer here."
-    )
-    pair: bool = Field(False, description="Whether an input is a pair: a text and a text_pair.")
-    base_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = Field(
-        None, description="SHA-256 of the base's model.safetensors, checked where present."
-    )
-
-    @field_validator("labels")
-    @classmethod
-    def _distinct(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if labels is not None and len(set(labels)) < len(labels):
-            raise ValueError("label names must differ from each other")
-        return labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +90,7 @@ def read_spec(files: Mapping[str, bytes]) -> tuple[Spec | None, Rules | None, li
     config = _read_object("adapter_config.json", files, problems)
     model_config = _read_object("config.json", files, problems) if "config.json" in files else {}
     raw_rules = _read_object("task.json", files, problems) if "task.json" in files else {}
-    rules = _read_rules(raw_rules, problems) if raw_rules is not None else None
+    rules = read_rules(raw_rules, problems) if raw_rules is not None else None
     if config is None or model_config is None:
         return None, rules, problems
     return _read_config(config, model_config, problems), rules, problems
@@ -147,19 +108,6 @@ def _read_object(
         problems.append(f"{name} must hold a JSON object")
         return None
     return value
-
-
-def _read_rules(raw: dict[str, Any], problems: list[str]) -> Rules | None:
-    try:
-        return Rules.model_validate(raw)
-    except ValidationError as error:
-        for detail in error.errors():
-            key = ".".join(str(part) for part in detail["loc"][:1])
-            what = "is not a known rule" if detail["type"] == "extra_forbidden" else detail["msg"]
-            sentence = f"task.json: {key}: {what}"
-            if sentence not in problems:
-                problems.append(sentence)
-        return None
 
 
 def _read_config(

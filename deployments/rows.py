@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, TypedDict
 
-from adapters.spec import ProblemType
+from adapters.rules import ProblemType
 
 
 class Tokens(NamedTuple):

@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from adapters.spec import ProblemType
+from adapters.rules import ProblemType
 from adapters.store import Store
 from deployments.config import Args
 from deployments.errors import INTERNAL, BatchLoopDied, NotReady, to_problem

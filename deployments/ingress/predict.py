@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Sequence
 from typing import Any, Protocol
 
 from adapters.errors import AdapterChanged
-from adapters.spec import ProblemType
+from adapters.rules import ProblemType
 from deployments.errors import BadInput
 from deployments.ingress.tasks import Tasks
 from deployments.ingress.wire import Pair, PredictRequest, to_result

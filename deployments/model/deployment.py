@@ -14,8 +14,8 @@ import torch
 
 from adapters.errors import AdapterChanged, AdapterRefused
 from adapters.host import Host
+from adapters.rules import ProblemType
 from adapters.slots import Slots
-from adapters.spec import ProblemType
 from adapters.store import Store
 from deployments.base import BaseName
 from deployments.config import GIB, Args

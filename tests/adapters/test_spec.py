@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from adapters.spec import Rules, Spec, read_spec
+from adapters.rules import Rules
+from adapters.spec import Spec, read_spec
 
 Config = dict[str, Any]
 
