@@ -59,6 +59,11 @@ class Args(BaseModel):
         "auto",
         description="Ends of the module paths that adapters may target; auto is all linears.",
     )
+    saved_modules: tuple[Name, ...] | Auto = Field(
+        "auto",
+        description="Ends of the paths of modules before the head that adapters may bring whole, "
+        "by modules_to_save (pooler, say); auto is what the store holds.",
+    )
     max_bank_gib: Annotated[float, Field(gt=0)] = Field(
         1.0, description="Memory for resident adapters on the device, a replica."
     )
@@ -108,7 +113,7 @@ class Args(BaseModel):
             raise ValueError(f"adapter_store={value!r} is not a folder; make it, empty or not")
         return value
 
-    @field_validator("lora_targets", mode="before")
+    @field_validator("lora_targets", "saved_modules", mode="before")
     @classmethod
     def _split_names(cls, value: Any) -> Any:
         """The command line has no lists: `lora_targets=query,value`."""

@@ -18,7 +18,7 @@ def to_facts(artifact: Artifact, max_length: int) -> Facts:
         guessed.append("max_length")
     # True is transformers' name for its default, False for none.
     strategy: str | None = "longest_first" if rules.truncation is True else rules.truncation or None
-    targets = spec.target_modules
+    targets = spec.matching.target_modules
     return Facts(
         task=artifact.task,
         version=artifact.version,
@@ -29,7 +29,7 @@ def to_facts(artifact: Artifact, max_length: int) -> Facts:
         truncation=strategy,
         pair=rules.pair,
         guessed=guessed,
-        method="lora",
+        method=spec.method,
         rank=spec.rank,
         targets=[targets] if isinstance(targets, str) else sorted(targets),
         num_bytes=artifact.num_bytes,

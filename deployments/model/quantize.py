@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 Quantization = Literal["none", "int8", "nf4"]
 
@@ -45,11 +46,16 @@ def int8_is_exact() -> bool:
 def quantize(
     model: nn.Module, skip: Collection[str], quantization: Quantization, device: torch.device
 ) -> None:
-    """Replace every linear of a model in place, but those whose module path is in `skip`."""
+    """Replace every linear of a model in place, but those whose module path is in `skip`.
+
+    A linear that the checkpoint brings quantised stays as it is.
+    """
     if quantization == "none":
         return
-    linears = [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear and n not in skip]
-    for path, linear in linears:
+    kinds = (nn.Linear, Conv1D)
+    linears = [(n, m) for n, m in model.named_modules() if type(m) in kinds and n not in skip]
+    for path, module in linears:
+        linear = _as_linear(module)
         parent, _, name = path.rpartition(".")
         new: nn.Module
         if device.type == "cpu" and quantization == "int8":
@@ -57,6 +63,17 @@ def quantize(
         else:
             new = _bitsandbytes(linear, quantization, device)
         setattr(model.get_submodule(parent), name, new)
+
+
+def _as_linear(module: nn.Module) -> nn.Linear:
+    """Return a linear as it is, and a Conv1D, whose weight is [in, out], as one."""
+    if isinstance(module, nn.Linear):
+        return module
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    linear = nn.Linear(weight.shape[0], weight.shape[1], device="meta")
+    linear.weight = nn.Parameter(weight.detach().t().contiguous(), requires_grad=False)
+    linear.bias = module.bias  # type: ignore[assignment]
+    return linear
 
 
 def _bitsandbytes(linear: nn.Linear, quantization: Quantization, device: torch.device) -> nn.Module:
