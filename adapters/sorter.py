@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -179,8 +180,11 @@ class Sorter:
 
     def _compare_doubles(self) -> None:
         for name, tensor in self._doubles.items():
-            path, part = _split(name.replace(".modules_to_save.", "."))
-            kept = self.tensors.get(f"{path}.{part}")
+            # Of a module in parts it also names the adapter: `modules_to_save.default.dense`.
+            names = [re.sub(r"\.modules_to_save(\.[^.]+)?\.", ".", name)]
+            names.append(name.replace(".modules_to_save.", "."))
+            found = (self.tensors.get(".".join(_split(plain))) for plain in names)
+            kept = next((tensor for tensor in found if tensor is not None), None)
             if kept is None or kept.shape != tensor.shape or not kept.equal(tensor.float()):
                 self._unmatched.append(name)
 

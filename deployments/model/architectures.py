@@ -16,8 +16,7 @@ class Words:
 
     Attributes:
         prepare: Changes the model before its sites are installed.
-        rowless: Ends of the paths of modules whose input belongs to no row, so that no adapter may
-            change them.
+        rowless: Ends of the paths of modules whose input, [tokens, in], all rows share.
     """
 
     prepare: Callable[[PreTrainedModel], None] | None = None

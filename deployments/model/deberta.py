@@ -40,14 +40,15 @@ def _position_scores(
         query: [rows · heads, tokens, size].
         key: Likewise.
         relative_pos: Bucketed distances, [1, tokens, tokens], int64.
-        rel_embeddings: [2 · span, hidden].
+        rel_embeddings: [2 · span, hidden], or [rows, 2 · span, hidden] where rows differ.
         scale_factor: How many kinds of scores are summed.
 
     Returns:
         [rows · heads, tokens, tokens], to be added to the scores of content to content.
     """
     span, num_heads = attention.pos_ebd_size, attention.num_attention_heads
-    positions = rel_embeddings[: 2 * span].unsqueeze(0)
+    shared = rel_embeddings.ndim == 2
+    positions = (rel_embeddings.unsqueeze(0) if shared else rel_embeddings)[:, : 2 * span]
     distances = relative_pos.to(query.device, torch.int64).reshape(1, *relative_pos.shape[-2:])
     shape = (len(query), -1, -1)
 

@@ -21,7 +21,7 @@ from deployments.model.bank import Bank
 from deployments.model.checkpoint import Checkpoint
 from deployments.model.deltas import Deltas
 from deployments.model.heads import HeadGraph
-from deployments.model.layout import Layout, find_layout
+from deployments.model.layout import Layout, find_layout, is_target
 from deployments.model.quantize import Quantization, quantize
 from deployments.model.sites import EmbeddingSite, HeadSite, LinearSite, ShiftSite
 
@@ -134,7 +134,8 @@ class Encoder:
             if kind == "linear":
                 _replace(self.model, path, LinearSite(module, path, self.bank, dtype, max_rank))
             elif kind == "shift":
-                _replace(self.model, path, ShiftSite(module, path, self.bank, dtype))
+                rowless = is_target(path, words(self.model).rowless)
+                _replace(self.model, path, ShiftSite(module, path, self.bank, dtype, rowless))
             else:
                 assert isinstance(module, nn.Embedding)
                 _replace(self.model, path, EmbeddingSite(module, path, self.bank, dtype, max_rank))

@@ -9,13 +9,16 @@ from typing import Literal
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from adapters.geometry import Graph, HeadShape, SiteShape, TaskType
 from deployments.base import BaseUnavailable
-from deployments.model.architectures import words
 from deployments.model.bank import Field
 from deployments.model.checkpoint import Checkpoint, linears_of
 from deployments.model.sites import EmbeddingSite, HeadSite, LinearSite, ShiftSite, features
+
+# What, beside linears that are not targeted, may have a bias of an adapter's own.
+_BIASED = (nn.Linear, Conv1D, nn.LayerNorm, nn.Conv1d)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +125,8 @@ def find_layout(
             sites[path] = "linear"
         elif path == embedding and lora_targets is not None and targeted:
             sites[path] = "embedding"
-        elif path in linears or (isinstance(module, nn.LayerNorm) and path.startswith(prefix)):
-            rowless = is_target(path, words(model).rowless)
-            if getattr(module, "bias", None) is not None and not rowless and path not in inside:
-                sites[path] = "shift"
+        elif path.startswith(prefix) and path not in inside and _has_bias(module):
+            sites[path] = "shift"
     graphs = {
         task_type: Graph(
             architecture=type(of_type).__name__,
@@ -140,6 +141,10 @@ def find_layout(
 def is_target(path: str, targets: Collection[str] | None) -> bool:
     """Tell whether a module path ends in one of the targets; None is every path."""
     return targets is None or any(path == t or path.endswith("." + t) for t in targets)
+
+
+def _has_bias(module: nn.Module) -> bool:
+    return isinstance(module, _BIASED) and module.bias is not None
 
 
 def _head(

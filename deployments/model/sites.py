@@ -127,11 +127,23 @@ class EmbeddingSite(nn.Module):
 class ShiftSite(nn.Module):
     """A module whose bias alone an adapter may change, a norm: y = module(x) + shift[slot]."""
 
-    def __init__(self, module: nn.Module, path: str, bank: Bank, dtype: torch.dtype) -> None:
-        """Wrap a module with a bias; its field must be in the bank (see `fields`)."""
+    def __init__(
+        self, module: nn.Module, path: str, bank: Bank, dtype: torch.dtype, rowless: bool
+    ) -> None:
+        """Wrap a module with a bias; its field must be in the bank (see `fields`).
+
+        Args:
+            module: A linear, a norm or a Conv1d.
+            path: Its path.
+            bank: Where the shifts are.
+            dtype: Of the shifts.
+            rowless: Whether its input, [tokens, in], is shared by all rows.
+        """
         super().__init__()
         self.module = module
         self.bank = bank
+        self.rowless = rowless
+        self.token_dim = 2 if isinstance(module, nn.Conv1d) else 1
         (field,) = self.fields(module, path, dtype)
         self.name = field.name
         self.shift = bank.view(field.name)  # [slots, out]
@@ -142,12 +154,16 @@ class ShiftSite(nn.Module):
         return (Field(f"{path}.shift", tuple(module.bias.shape), dtype),)  # type: ignore[arg-type]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map [rows, tokens, in], or a pooled [rows, in], to the same with out; compute dtype."""
+        """Map [rows, tokens, in], or a pooled [rows, in], to the same with out; compute dtype.
+
+        A Conv1d has tokens last. A shared input gives [rows, tokens, out] if a row has a shift.
+        """
         y: torch.Tensor = self.module(x)
         if self.name not in self.bank.batch.fields:
             return y
         shift = self.bank.gather(self.shift)
-        return y + (shift if y.ndim == 2 else shift.unsqueeze(1))
+        pooled = y.ndim == 2 and not self.rowless
+        return y + (shift if pooled else shift.unsqueeze(self.token_dim))
 
 
 class HeadSite(nn.Module):
