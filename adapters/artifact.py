@@ -14,6 +14,7 @@ from adapters.geometry import Geometry, hub_id
 from adapters.rules import ProblemType, Rules
 from adapters.spec import Spec, read_spec
 from adapters.store import WEIGHTS, Files
+from adapters.tokenizer import Comparison
 
 _PREFIX = "base_model.model."
 _SHOWN = 4  # names listed before "and N more": a wrong base leaves hundreds
@@ -30,6 +31,7 @@ class Artifact:
         rules: What its task.json says.
         num_labels: Rows of its last head linear.
         num_bytes: Size of its tensors as they lie in the file.
+        training_length: Longest input in training in tokens, if its tokenizer files tell.
         tensors: Bank field -> fp32 CPU tensor. For a LoRA site `path.lora_A` [in, rank] and
             `path.lora_B` [rank, out], which has the scaling folded in; for a head site
             `path.weight` [out, in] and `path.bias` [out].
@@ -41,6 +43,7 @@ class Artifact:
     rules: Rules
     num_labels: int
     num_bytes: int
+    training_length: int | None
     tensors: Mapping[str, torch.Tensor]
 
     @property
@@ -76,6 +79,9 @@ def read_artifact(files: Files, geometry: Geometry, base_sha256: str | None = No
     if spec is None or rules is None or stored is None:
         raise AdapterRefused(files.task, problems)
     problems += _base_problems(spec, rules, geometry, base_sha256)
+    tokenizer = geometry.tokenizer
+    compared = Comparison() if tokenizer is None else tokenizer.compare(files.contents)
+    problems += compared.problems
     sorter = _Sorter(spec, geometry, problems)
     # safetensors gives them in random order: weights first, as `_head_shape` needs.
     for name in sorted(stored, key=lambda name: (not name.endswith(".weight"), name)):
@@ -92,6 +98,7 @@ def read_artifact(files: Files, geometry: Geometry, base_sha256: str | None = No
         rules=rules,
         num_labels=num_labels,
         num_bytes=sum(tensor.nbytes for tensor in stored.values()),
+        training_length=compared.max_length,
         tensors=sorter.tensors,
     )
     if artifact.problem_type == "single_label_classification" and num_labels == 1:
@@ -118,9 +125,12 @@ def _base_problems(
     problems = []
     if spec.base_class not in (None, geometry.architecture):
         problems.append(f"it was trained on a {spec.base_class}, not {geometry.architecture}")
-    theirs = hub_id(spec.base)
-    if theirs and geometry.base_id and theirs != geometry.base_id:
-        problems.append(f"it was trained on the base {theirs}, not {geometry.base_id}")
+    theirs, ours = hub_id(spec.base), {geometry.base_id or "", *geometry.base_aliases} - {""}
+    if theirs and ours and theirs not in ours:
+        problems.append(
+            f"it was trained on the base {theirs}, not {geometry.base_id or min(ours)}; "
+            "if they are the same, name it in base_aliases"
+        )
     if rules.base_sha256 not in (None, base_sha256):
         problems.append(
             f"task.json: base_sha256 is {rules.base_sha256[:8]}…, "

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from adapters.tokenizer import BaseTokenizer
+
 
 @dataclass(frozen=True, slots=True)
 class SiteShape:
@@ -40,6 +42,8 @@ class Geometry:
         max_rank: Largest LoRA rank that a slot can hold.
         max_labels: Largest number of labels that a slot can hold.
         max_positions: Longest input in tokens, None where positions have no end.
+        base_aliases: Other hub ids of the same base.
+        tokenizer: The base's, None where it has none and adapters' are not compared.
     """
 
     architecture: str
@@ -49,6 +53,8 @@ class Geometry:
     max_rank: int
     max_labels: int
     max_positions: int | None
+    base_aliases: frozenset[str] = frozenset()
+    tokenizer: BaseTokenizer | None = None
 
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from reprlib import repr as shorten
 from typing import Any
 
+from adapters.pattern import fullmatch, pattern_problem
 from adapters.rules import ProblemType, Rules, read_rules
 
 # Keys of adapter_config.json that say how the adapter is computed, and are read below.
@@ -71,7 +71,7 @@ def _matches(module: str, patterns: tuple[str, ...] | str) -> bool:
     if patterns == "all-linear":
         return True
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, module) is not None
+        return fullmatch(patterns, module)
     return any(module == name or module.endswith("." + name) for name in patterns)
 
 
@@ -180,10 +180,9 @@ def _names(key: str, value: Any, problems: list[str]) -> tuple[str, ...] | str:
     if value is None:
         return ()
     if isinstance(value, str):
-        try:
-            re.compile(value)
-        except re.error as error:
-            problems.append(f"{key} is not a valid regular expression ({error})")
+        problem = pattern_problem(value)
+        if problem:
+            problems.append(f"{key} {problem}")
         return value
     if isinstance(value, list) and all(isinstance(name, str) and name for name in value):
         return tuple(value)

@@ -172,6 +172,7 @@ def _make_engine(args: Args, store: Store) -> Engine:
         max_lora_rank=sizes.max_lora_rank,
         max_labels=sizes.max_labels,
         lora_targets=sizes.lora_targets,
+        base_aliases=args.base_aliases,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,6 +13,7 @@ from deployments.base import BaseName
 from deployments.model.encoder import Encoder
 from deployments.model.quantize import choose
 from deployments.model.scores import to_predictions
+from deployments.model.vocabulary import base_tokenizer
 from deployments.rows import Prediction, Row
 
 
@@ -51,6 +52,7 @@ class Engine:
         max_lora_rank: int = 16,
         max_labels: int = 16,
         lora_targets: Collection[str] | None = None,
+        base_aliases: Collection[str] = (),
     ) -> None:
         """Load the base once.
 
@@ -62,6 +64,7 @@ class Engine:
             max_lora_rank: Largest rank that can be loaded.
             max_labels: Most labels that can be loaded.
             lora_targets: Ends of module paths that adapters may target; None for all linears.
+            base_aliases: Hub ids that are the same base as `base_model`.
 
         Raises:
             BaseUnavailable: The base cannot be loaded or served.
@@ -78,6 +81,11 @@ class Engine:
             max_labels=max_labels,
             lora_targets=lora_targets,
         )
+        self.geometry = replace(
+            self.encoder.geometry,
+            base_aliases=frozenset(base_aliases),
+            tokenizer=base_tokenizer(self.encoder),
+        )
         config = self.encoder.config
         self._num_ids: int = config.get_text_config().vocab_size
         self._pad_id: int = config.pad_token_id or 0
@@ -92,7 +100,7 @@ class Engine:
         # Only where it is compared: hashing a large base takes a minute.
         compared = b"base_sha256" in files.contents.get(RULES, b"")
         sha256 = self.encoder.sha256 if compared else None
-        artifact = read_artifact(files, self.encoder.geometry, sha256)
+        artifact = read_artifact(files, self.geometry, sha256)
         row = self.encoder.bank.pack(artifact.tensors)
         return Loaded(artifact.without_tensors(), row, frozenset(artifact.tensors))
 
