@@ -11,12 +11,14 @@ from safetensors.torch import load as load_safetensors
 
 from adapters.errors import AdapterRefused
 from adapters.geometry import Geometry, hub_id
+from adapters.pattern import PatternTooSlow
 from adapters.rules import ProblemType, Rules
 from adapters.spec import Spec, read_spec
 from adapters.store import WEIGHTS, Files
 from adapters.tokenizer import Comparison
 
 _PREFIX = "base_model.model."
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SHOWN = 4  # names listed before "and N more": a wrong base leaves hundreds
 
 
@@ -83,10 +85,13 @@ def read_artifact(files: Files, geometry: Geometry, base_sha256: str | None = No
     compared = Comparison() if tokenizer is None else tokenizer.compare(files.contents)
     problems += compared.problems
     sorter = _Sorter(spec, geometry, problems)
-    # safetensors gives them in random order: weights first, as `_head_shape` needs.
-    for name in sorted(stored, key=lambda name: (not name.endswith(".weight"), name)):
-        sorter.place(name, stored[name])
-    sorter.finish()
+    try:
+        # safetensors gives them in random order: weights first, as `_head_shape` needs.
+        for name in sorted(stored, key=lambda name: (not name.endswith(".weight"), name)):
+            sorter.place(name, stored[name])
+        sorter.finish()
+    except PatternTooSlow as error:
+        raise AdapterRefused(files.task, [*problems, str(error)]) from None
     num_labels = sorter.num_labels
     for source, labels in (("task.json", rules.labels), ("config.json", spec.labels)):
         if labels is not None and num_labels and len(labels) != num_labels:
@@ -114,7 +119,8 @@ def _read_tensors(content: bytes, problems: list[str]) -> dict[str, torch.Tensor
     try:
         return load_safetensors(content)
     except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        problems.append(f"{WEIGHTS} cannot be read ({error})")
+        reason = f"dtype {error}" if isinstance(error, KeyError) else error
+        problems.append(f"{WEIGHTS} cannot be read ({reason})")
         return None
 
 
@@ -179,7 +185,7 @@ class _Sorter:
             self.unmatched.append(name)
             return
         self.seen.add(key)
-        if not tensor.is_floating_point():
+        if tensor.dtype not in _FLOATS:
             self.problems.append(f"{name} has dtype {tensor.dtype}, not a float")
         elif tuple(tensor.shape) != want:
             self.misshapen.append(f"{name} is {list(tensor.shape)}, not {list(want)}")

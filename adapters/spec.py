@@ -24,6 +24,7 @@ _WITHOUT_EFFECT = {
     "peft_version", "revision", "inference_mode", "lora_dropout", "megatron_core",
     "qalora_group_size", "ensure_weight_tying", "eva_config",
 }  # fmt: skip
+_MAX_KEYS, _MAX_NAMES = 1000, 10_000
 _LARGEST = sys.float_info.max
 # Initialisations that leave the base as it is; the others change its weights at training.
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
@@ -107,6 +108,14 @@ def _read_object(
     if not isinstance(value, dict):
         problems.append(f"{name} must hold a JSON object")
         return None
+    if len(value) > _MAX_KEYS:
+        problems.append(f"{name} has {len(value)} keys, over the limit of {_MAX_KEYS}")
+        return None
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        problems.append(f"{name} holds what is no text, or parts too deep in each other")
+        return None
     return value
 
 
@@ -184,6 +193,9 @@ def _names(key: str, value: Any, problems: list[str]) -> tuple[str, ...] | str:
         if problem:
             problems.append(f"{key} {problem}")
         return value
+    if isinstance(value, list) and len(value) > _MAX_NAMES:
+        problems.append(f"{key} has {len(value)} names, over the limit of {_MAX_NAMES}")
+        return ()
     if isinstance(value, list) and all(isinstance(name, str) and name for name in value):
         return tuple(value)
     problems.append(f"{key} must be a list of names, not {shorten(value)}")
