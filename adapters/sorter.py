@@ -27,6 +27,7 @@ _PARTS = (
     (".weight", "weight"),
     (".bias", "bias"),
 )
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TRANSPOSED = ("lora_A", "lora_B")
 _SCALED = ("lora_B", "lora_bias")
 
@@ -69,7 +70,7 @@ class Sorter:
             self._unmatched.append(name)
             return
         self._seen.add(f"{path}.{part}")
-        if not tensor.is_floating_point():
+        if tensor.dtype not in _FLOATS:
             self.problems.append(f"{name} has dtype {tensor.dtype}, not a float")
         elif not want:
             return  # said already

@@ -14,7 +14,8 @@ def to_facts(artifact: Artifact, max_length: int) -> Facts:
         guessed.append("labels")
     if rules.problem_type is None and spec.problem_type is None:
         guessed.append("problem_type")
-    if rules.max_length is None:
+    trained_length = rules.max_length or artifact.training_length
+    if trained_length is None:
         guessed.append("max_length")
     # True is transformers' name for its default, False for none.
     strategy: str | None = "longest_first" if rules.truncation is True else rules.truncation or None
@@ -25,7 +26,7 @@ def to_facts(artifact: Artifact, max_length: int) -> Facts:
         labels=list(artifact.labels),
         problem_type=artifact.problem_type,
         threshold=rules.threshold,
-        max_length=min(rules.max_length or max_length, max_length),
+        max_length=min(trained_length or max_length, max_length),
         truncation=strategy,
         pair=rules.pair,
         guessed=guessed,
