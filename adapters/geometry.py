@@ -1,4 +1,4 @@
-"""What a base offers to adapters: its sites, and how large a bank row is."""
+"""What a base offers to adapters: its sites, its heads, and how large a bank row is."""
 
 from __future__ import annotations
 
@@ -7,48 +7,86 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from adapters.tokenizer import BaseTokenizer
+
+TaskType = Literal["SEQ_CLS", "TOKEN_CLS"]
+
 
 @dataclass(frozen=True, slots=True)
 class SiteShape:
-    """One linear of the base that reads the bank.
+    """One module of the base that reads the bank.
 
     Attributes:
-        kind: `lora` for a linear that keeps its weight and adds x·A·B; `head` for a linear
-            that an adapter replaces whole.
-        in_features: Width of its input.
-        out_features: Width of its output, of the widest head allowed for the last head linear.
-        bias: Whether the linear has a bias.
-        labelled: Whether its output is the logits, so that an adapter may bring fewer rows.
+        kind: `linear` for one that keeps its weight and may get LoRA, vectors and a bias;
+            `embedding` likewise for LoRA; `shift` for a module whose bias alone may change.
+        in_features: Width of its input; of an embedding, the number of its entries.
+        out_features: Width of its output.
+        bias: Whether the module has a bias.
     """
 
-    kind: Literal["lora", "head"]
+    kind: Literal["linear", "embedding", "shift"]
     in_features: int
     out_features: int
     bias: bool
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """One module of a head, which an adapter replaces whole.
+
+    Attributes:
+        parameters: `weight` and, where there is one, `bias` -> shape in the base's own head.
+        labelled: Whether its output is the logits, so that an adapter may bring other rows.
+        in_base: Whether the base's checkpoint brings it, for adapters that do not.
+    """
+
+    parameters: Mapping[str, tuple[int, ...]]
     labelled: bool = False
+    in_base: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """How one task type is answered: one transformers class over the shared encoder.
+
+    Attributes:
+        architecture: The class, `BertForSequenceClassification`.
+        heads: Module path -> shape of every module of its head.
+        absent: Linears of the encoder that this class does not have (BERT's pooler, for tokens).
+    """
+
+    architecture: str
+    heads: Mapping[str, HeadShape]
+    absent: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """The sites of a base by module path, and the caps that all adapters share.
+    """The sites of a base by module path, its heads, and the caps that all adapters share.
 
     Attributes:
-        architecture: The transformers class, `BertForSequenceClassification`.
         base_id: The hub id that the server names, or None for a local folder.
-        sites: Module path -> shape, LoRA and head sites alike.
-        linears: Every linear of the base outside its head, site or not.
+        sites: Module path -> shape.
+        graphs: Task type -> how it is answered.
+        linears: Every linear of the encoder, site or not.
+        embeddings: Every embedding of the encoder that may be targeted, site or not.
         max_rank: Largest LoRA rank that a slot can hold.
         max_labels: Largest number of labels that a slot can hold.
         max_positions: Longest input in tokens, None where positions have no end.
+        base_aliases: Other hub ids of the same base.
+        tokenizer: The base's, None where it has none and adapters' are not compared.
     """
 
-    architecture: str
     base_id: str | None
     sites: Mapping[str, SiteShape]
+    graphs: Mapping[TaskType, Graph]
     linears: frozenset[str]
     max_rank: int
     max_labels: int
     max_positions: int | None
+    embeddings: frozenset[str] = frozenset()
+    base_aliases: frozenset[str] = frozenset()
+    tokenizer: BaseTokenizer | None = None
 
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -4,75 +4,88 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from reprlib import repr as shorten
-from typing import Any
+from typing import Any, Literal
 
+from adapters.geometry import TaskType
+from adapters.matching import MAX_NAMES, Matching, check_pattern, pattern_value, read_matching
 from adapters.rules import ProblemType, Rules, read_rules
+
+Method = Literal["lora", "dora", "ia3"]
 
 # Keys of adapter_config.json that say how the adapter is computed, and are read below.
 _READ = {
     "peft_type", "task_type", "base_model_name_or_path", "auto_mapping", "r", "lora_alpha",
     "target_modules", "exclude_modules", "use_rslora", "modules_to_save", "layers_to_transform",
-    "layers_pattern",
+    "layers_pattern", "rank_pattern", "alpha_pattern", "use_dora", "lora_bias",
+    "feedforward_modules",
 }  # fmt: skip
-# Keys that matter to training, or to where the files came from, and not to an answer.
+# Keys that matter to training, or to where the files came from, and not to an answer. That a
+# linear's weight is stored transposed (fan_in_fan_out) is the base's to know.
 _WITHOUT_EFFECT = {
     "peft_version", "revision", "inference_mode", "lora_dropout", "megatron_core",
-    "qalora_group_size", "ensure_weight_tying", "eva_config",
+    "qalora_group_size", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
+    "init_ia3_weights", "loftq_config", "corda_config", "lora_ga_config", "runtime_config",
 }  # fmt: skip
+_MAX_KEYS = 1000
 _LARGEST = sys.float_info.max
 # Initialisations that leave the base as it is; the others change its weights at training.
-_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
+_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+# Methods that add a matrix to a weight, which PEFT can turn into a LoRA.
+_CONVERTIBLE = {
+    "C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS", "PSOFT", "RANDLORA",
+    "TINYLORA", "UNILORA", "VBLORA", "VERA", "WAVEFT",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """A LoRA classifier as its `adapter_config.json` and `config.json` describe it.
+    """A classifier adapter as its `adapter_config.json` and `config.json` describe it.
 
     Attributes:
-        rank: LoRA rank r.
-        alpha: LoRA alpha; with `rank` and `use_rslora` it gives `scaling`.
+        method: `dora` is LoRA with a magnitude an output (arXiv:2402.09353); `ia3` has vectors
+            instead of LoRA (arXiv:2205.05638).
+        task_type: Whether it classifies sequences or tokens.
+        matching: Which modules it adapts and which it brings whole.
+        rank: LoRA rank r, of modules that `rank_pattern` does not name; 0 for IA3.
+        alpha: LoRA alpha, likewise.
+        rank_pattern: End of a module path, or a pattern of one -> rank.
+        alpha_pattern: Likewise, alpha.
         use_rslora: Whether the scaling is alpha/sqrt(r) (arXiv:2312.03732) instead of alpha/r.
-        target_modules: Names or one regular expression, as PEFT matches them.
-        exclude_modules: Likewise, for modules left out; empty for none.
-        modules_to_save: Modules trained whole, matched by the end of their path.
+        bias: Which biases it brings: of no module, of those with LoRA, or of all.
+        lora_bias: Whether B has a bias.
         base: `base_model_name_or_path`, a hub id or a path; None if the config has none.
         base_class: The base's transformers class if the config names it.
         labels: Names by index from config.json, or None.
         problem_type: From config.json, or None.
     """
 
+    method: Method
+    task_type: TaskType
+    matching: Matching
     rank: int
     alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
     use_rslora: bool
-    target_modules: tuple[str, ...] | str
-    exclude_modules: tuple[str, ...] | str
-    modules_to_save: tuple[str, ...]
+    bias: Literal["none", "lora_only", "all"]
+    lora_bias: bool
     base: str | None
     base_class: str | None
     labels: tuple[str, ...] | None
     problem_type: ProblemType | None
 
-    @property
-    def scaling(self) -> float:
-        """What x·A·B is multiplied with (PEFT's `LoraLayer.update_layer`)."""
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+    def rank_of(self, path: str) -> int:
+        """Return a module's LoRA rank."""
+        return int(pattern_value(self.rank_pattern, path, self.rank))
 
-    def targets(self, module: str) -> bool:
-        """Tell whether PEFT would put LoRA on this module path (`check_target_module_exists`)."""
-        return _matches(module, self.target_modules) and not _matches(module, self.exclude_modules)
-
-
-def _matches(module: str, patterns: tuple[str, ...] | str) -> bool:
-    if patterns == "all-linear":
-        return True
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, module) is not None
-    return any(module == name or module.endswith("." + name) for name in patterns)
+    def scaling_of(self, path: str) -> float:
+        """Return what a module's x·A·B is multiplied with (PEFT's `LoraLayer.update_layer`)."""
+        rank, alpha = self.rank_of(path), pattern_value(self.alpha_pattern, path, self.alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 def read_spec(files: Mapping[str, bytes]) -> tuple[Spec | None, Rules | None, list[str]]:
@@ -107,88 +120,118 @@ def _read_object(
     if not isinstance(value, dict):
         problems.append(f"{name} must hold a JSON object")
         return None
+    if len(value) > _MAX_KEYS:
+        problems.append(f"{name} has {len(value)} keys, over the limit of {_MAX_KEYS}")
+        return None
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        problems.append(f"{name} holds what is no text, or parts too deep in each other")
+        return None
     return value
 
 
 def _read_config(
     config: dict[str, Any], model_config: dict[str, Any], problems: list[str]
 ) -> Spec | None:
-    method = config.get("peft_type")
-    if method != "LORA":
-        problems.append(f"peft_type {method!r} is not served; only LORA is")
+    peft_type = config.get("peft_type")
+    if peft_type not in ("LORA", "IA3"):
+        problems.append(_other_method(peft_type))
         return None
-    if config.get("task_type") not in (None, "SEQ_CLS"):
-        problems.append(f"task_type {config['task_type']!r} is not served; only SEQ_CLS is")
+    mapping = config.get("auto_mapping")
+    base_class = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    # Without a task type PEFT notes the class that it wrapped.
+    of_tokens = isinstance(base_class, str) and base_class.endswith("ForTokenClassification")
+    task_type = config.get("task_type") or ("TOKEN_CLS" if of_tokens else "SEQ_CLS")
+    if task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+        problems.append(f"task_type {task_type!r} is not served; SEQ_CLS and TOKEN_CLS are")
     for key, value in config.items():
         problem = _key_problem(key, value)
         if problem:
             problems.append(problem)
     before = len(problems)  # what follows leaves nothing to go on with
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        problems.append(f"r must be a positive integer, not {shorten(rank)}")
-    # "Not at most", so that NaN is refused too.
-    if type(alpha) not in (int, float) or not abs(alpha) <= _LARGEST:  # type: ignore[arg-type]
-        problems.append(f"lora_alpha must be a number, not {shorten(alpha)}")
-    names = {
-        key: _names(key, config.get(key), problems)
-        for key in ("target_modules", "exclude_modules", "modules_to_save")
-    }
-    if not names["target_modules"]:
-        problems.append("target_modules names nothing")
+    matching = read_matching(config, problems)
+    ranks, alphas = _read_lora(config, problems) if peft_type == "LORA" else ({}, {})
     base = config.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
         problems.append(f"base_model_name_or_path must be a name, not {shorten(base)}")
     labels, problem_type = _read_labels(model_config, problems)
-    if len(problems) > before:
+    if len(problems) > before or task_type not in ("SEQ_CLS", "TOKEN_CLS"):
         return None
-    saved = names["modules_to_save"]
-    mapping = config.get("auto_mapping")
+    lora: Method = "dora" if config.get("use_dora") else "lora"
+    bias = config.get("bias")
     return Spec(
-        rank=int(rank),  # type: ignore[arg-type]  # checked above
-        alpha=float(alpha),  # type: ignore[arg-type]
+        method="ia3" if peft_type == "IA3" else lora,
+        task_type=task_type,  # type: ignore[arg-type]  # checked above
+        matching=matching,
+        rank=config["r"] if peft_type == "LORA" else 0,
+        alpha=float(config["lora_alpha"]) if peft_type == "LORA" else 0.0,
+        rank_pattern=ranks,  # type: ignore[arg-type]  # checked to be whole
+        alpha_pattern=alphas,
         use_rslora=bool(config.get("use_rslora")),
-        target_modules=names["target_modules"],
-        exclude_modules=names["exclude_modules"],
-        modules_to_save=(saved,) if isinstance(saved, str) else saved,
+        bias=bias if bias in ("lora_only", "all") else "none",
+        lora_bias=bool(config.get("lora_bias")),
         base=base,
-        base_class=mapping.get("base_model_class") if isinstance(mapping, dict) else None,
+        base_class=base_class,
         labels=labels,
         problem_type=problem_type,
     )
 
 
+def _other_method(peft_type: object) -> str:
+    sentence = f"peft_type {shorten(peft_type)} is not served; LORA (with DoRA) and IA3 are"
+    if isinstance(peft_type, str) and peft_type in _CONVERTIBLE:
+        sentence += "; PEFT makes a LoRA of it: peft.save_as_lora(folder, model, rank=16)"
+    return sentence
+
+
 def _key_problem(key: str, value: Any) -> str | None:
     """Return a sentence if this key of adapter_config.json asks for what is not served."""
-    if key in _WITHOUT_EFFECT:
-        return None
     told = shorten(value)
-    if key in ("layers_to_transform", "layers_pattern") and value:
-        return f"{key}={told} is not served"
-    if key in _READ:
+    if key in _WITHOUT_EFFECT or key in _READ:
         return None
     if key == "init_lora_weights":
-        return None if value in _PLAIN_INITS else f"init_lora_weights={told} changes the base"
+        return None if value in _PLAIN_INITS else (
+            f"init_lora_weights={told} changes the base; save the adapter with "
+            "path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+        )  # fmt: skip
     if key == "bias":
-        return None if value == "none" else f"bias={told} is not served; only 'none' is"
+        known = value in (None, "none", "lora_only", "all")
+        return None if known else f"bias={told} is not one of 'none', 'lora_only', 'all'"
     # A feature that is off says nothing: None, False, {} and [] are how PEFT writes that.
     return f"{key}={told} is not served" if value else None
 
 
-def _names(key: str, value: Any, problems: list[str]) -> tuple[str, ...] | str:
-    """Return a list of names, or one regular expression, as PEFT takes them."""
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        try:
-            re.compile(value)
-        except re.error as error:
-            problems.append(f"{key} is not a valid regular expression ({error})")
-        return value
-    if isinstance(value, list) and all(isinstance(name, str) and name for name in value):
-        return tuple(value)
-    problems.append(f"{key} must be a list of names, not {shorten(value)}")
-    return ()
+def _read_lora(
+    config: dict[str, Any], problems: list[str]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Check rank and alpha, and return their patterns."""
+    if not _is_rank(config.get("r")):
+        problems.append(f"r must be a positive integer, not {shorten(config.get('r'))}")
+    if not _is_number(config.get("lora_alpha")):
+        problems.append(f"lora_alpha must be a number, not {shorten(config.get('lora_alpha'))}")
+    patterns: list[dict[str, float]] = []
+    for key, fits in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
+        given = config.get(key) or {}
+        if isinstance(given, dict) and len(given) > MAX_NAMES:
+            problems.append(f"{key} has {len(given)} names, over the limit of {MAX_NAMES}")
+            given = {}
+        if not isinstance(given, dict) or not all(fits(value) for value in given.values()):
+            problems.append(f"{key} must map module names to numbers, not {shorten(given)}")
+            given = {}
+        for name in given:
+            check_pattern(key, name, problems)
+        patterns.append(given)
+    return patterns[0], patterns[1]
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_number(value: object) -> bool:
+    # "Not at most", so that NaN is refused too.
+    return type(value) in (int, float) and abs(value) <= _LARGEST  # type: ignore[arg-type]
 
 
 def _read_labels(

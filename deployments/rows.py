@@ -44,12 +44,13 @@ class Prediction(NamedTuple):
     """A row's answer.
 
     Attributes:
-        logits: One a label, as the head gave them, fp32.
-        scores: One a label: softmax, sigmoid, or the value itself, by problem type.
+        logits: One a label, as the head gave them, fp32; of a token classifier a list of them for
+            each token.
+        scores: Likewise: softmax, sigmoid, or the value itself, by problem type.
     """
 
-    logits: list[float]
-    scores: list[float]
+    logits: list[float] | list[list[float]]
+    scores: list[float] | list[list[float]]
 
 
 class Facts(TypedDict):
@@ -65,9 +66,9 @@ class Facts(TypedDict):
         truncation: `longest_first`, `only_first`, `only_second`, or None to refuse longer inputs.
         pair: Whether an input is a pair of texts.
         guessed: Which of labels, problem_type and max_length nothing in the folder says.
-        method: `lora`.
-        rank: LoRA rank.
-        targets: The modules that have LoRA.
+        method: `lora`, `dora`, `ia3`.
+        rank: LoRA rank, 0 for IA3.
+        targets: The modules that the adapter changes.
         num_bytes: Size of the adapter's tensors.
     """
 

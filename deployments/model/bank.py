@@ -55,13 +55,12 @@ class Bank:
     def __init__(self, fields: Iterable[Field], num_slots: int, device: torch.device) -> None:
         """Lay the fields out one after the other and allocate all slots, zeroed."""
         self._offsets: dict[str, tuple[Field, int]] = {}
-        end = 0
+        self.row_bytes = 0
         for field in fields:
-            self._offsets[field.name] = (field, end)
-            end += -(-field.num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        self.row_bytes = end
+            self._offsets[field.name] = (field, self.row_bytes)
+            self.row_bytes += row_bytes([field])
         self.num_slots = num_slots
-        self.memory = torch.zeros(num_slots, end, dtype=torch.uint8, device=device)
+        self.memory = torch.zeros(num_slots, self.row_bytes, dtype=torch.uint8, device=device)
         self._filled: list[frozenset[str]] = [frozenset()] * num_slots
         self.batch = self.route([0])
 
@@ -113,3 +112,8 @@ class Bank:
         part = rows[:, start : start + field.num_bytes].view(field.dtype)
         # Strided, not reshaped: a view that became a copy would never see a write.
         return part.view(len(rows), *field.shape)
+
+
+def row_bytes(fields: Iterable[Field]) -> int:
+    """Return what fields take of a bank row, in bytes, each aligned."""
+    return sum(-(-field.num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES for field in fields)

@@ -21,7 +21,7 @@ from deployments.base import BaseName
 from deployments.config import GIB, Args
 from deployments.errors import BatchLoopDied
 from deployments.model.dynamic_batch import batch_queue, dynamic_batch
-from deployments.model.encoder import compute_dtype
+from deployments.model.encoder import default_dtype
 from deployments.model.engine import BadRow, Engine, Loaded, choose_device
 from deployments.model.facts import to_facts
 from deployments.model.planner import Planner
@@ -88,7 +88,7 @@ class Model:
         version: str,
         problem_type: ProblemType,
         inputs: list[tuple[list[int], list[int] | None]],
-    ) -> list[list[float] | str]:
+    ) -> list[list[float] | list[list[float]] | str]:
         """Answer inputs of one task.
 
         Args:
@@ -98,7 +98,8 @@ class Model:
             inputs: (ids, type ids) of each input, see `deployments.rows.Tokens`.
 
         Returns:
-            For each input its scores, one a label, or a sentence where it alone failed.
+            For each input its scores, one a label, of a token classifier a list of them for each
+            token; or a sentence where it alone failed.
 
         Raises:
             AdapterError: The version cannot be had.
@@ -163,7 +164,7 @@ def make_planner(args: Args, device: torch.device) -> Planner:
 
 def _make_engine(args: Args, store: Store) -> Engine:
     base, device = BaseName.parse(args.base_model), choose_device(args.device)
-    sizes = choose_sizes(args, base, store, compute_dtype(device))
+    sizes = choose_sizes(args, base, store, default_dtype(device))
     return Engine(
         args.base_model,
         quantization=args.quantization,
@@ -172,10 +173,12 @@ def _make_engine(args: Args, store: Store) -> Engine:
         max_lora_rank=sizes.max_lora_rank,
         max_labels=sizes.max_labels,
         lora_targets=sizes.lora_targets,
+        saved_modules=sizes.saved_modules,
+        base_aliases=args.base_aliases,
     )
 
 
-def _as_data(answer: Prediction | BaseException) -> list[float] | str:
+def _as_data(answer: Prediction | BaseException) -> list[float] | list[list[float]] | str:
     """Return a row's scores, or a sentence where it alone failed."""
     if isinstance(answer, Prediction):
         return answer.scores

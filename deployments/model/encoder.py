@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
-from transformers.utils import cached_file, logging
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
-from adapters.geometry import Geometry, SiteShape
-from deployments.base import BaseName, BaseUnavailable
+from adapters.geometry import Geometry, TaskType
+from deployments.base import BaseName
+from deployments.model.architectures import words
 from deployments.model.attention import steady
-from deployments.model.bank import Bank, Field
+from deployments.model.bank import Bank
+from deployments.model.checkpoint import Checkpoint
+from deployments.model.deltas import Deltas
+from deployments.model.heads import HeadGraph
+from deployments.model.layout import Layout, find_layout, is_target
 from deployments.model.quantize import Quantization, quantize
-from deployments.model.sites import HeadSite, LoraSite
+from deployments.model.sites import EmbeddingSite, HeadSite, LinearSite, ShiftSite
+
+
+class Logits(NamedTuple):
+    """What a batch gives, its rows split by task type; None where there are none.
+
+    Attributes:
+        sequences: [rows of sequences, max_labels], fp32.
+        tokens: [rows of tokens, tokens, max_labels], fp32.
+    """
+
+    sequences: torch.Tensor | None
+    tokens: torch.Tensor | None
 
 
 class Encoder:
@@ -28,93 +47,130 @@ class Encoder:
         *,
         quantization: Quantization,
         device: torch.device,
+        dtype: torch.dtype,
         num_slots: int,
         max_rank: int,
         max_labels: int,
         lora_targets: Collection[str] | None,
+        saved_modules: Collection[str] = (),
     ) -> None:
-        """Load the base, quantise it, and put sites in the place of its linears.
+        """Load the base, quantise it, and put sites in the place of its modules.
 
         Args:
             base: Where it comes from.
-            quantization: Of every linear that is not the head's.
+            quantization: Of every linear that is not a head's.
             device: Where base and bank live.
+            dtype: What base and LoRA compute in; heads compute in fp32.
             num_slots: Rows of the bank, slot 0 included.
             max_rank: Largest LoRA rank of a slot.
             max_labels: Width of the logits.
             lora_targets: Ends of the module paths that get a LoRA site; None for all linears.
+            saved_modules: Ends of the paths of encoder modules that adapters may bring whole.
 
         Raises:
-            BaseUnavailable: It cannot be had, or its head has parameters that no site holds.
+            BaseUnavailable: It cannot be had, or a head has parameters that no site holds.
         """
         self.base = base
         self.device = device
-        self.dtype = compute_dtype(device)
-        self.model, missing = _load(base, max_labels, device)
+        checkpoint = Checkpoint.load(base, dtype)
+        self.model = checkpoint.models["SEQ_CLS"]
         self.config = self.model.config
-        if self.config.pad_token_id is None:
-            raise BaseUnavailable(f"base_model={str(base)!r} has no pad token, which batches need")
-        linears = {n: m for n, m in self.model.named_modules() if type(m) is nn.Linear}
-        head = head_paths(self.model, linears, missing)
-        quantize(self.model, head, quantization, device)
-        # Read again: quantising put other modules in the place of those above.
-        linears = {path: _linear(self.model, path) for path in linears}
-        targets = {
-            path: linear
-            for path, linear in linears.items()
-            if path not in head and is_target(path, lora_targets)
-        }
-        fields: list[Field] = []
-        for path, linear in targets.items():
-            fields += LoraSite.fields(linear, path, self.dtype, max_rank)
-        for path in head:
-            fields += HeadSite.fields(linears[path], path)
-        self.bank = Bank(fields, num_slots, device)
-        sites = self._install(targets, {path: linears[path] for path in head}, max_rank)
+        self.config.use_cache = False
+        self._prepare(device)
+        layout = find_layout(checkpoint, lora_targets, saved_modules)
+        lent = _lent(layout)
+        heads = {path for head in layout.heads.values() for path in head}
+        quantize(self.model, heads, quantization, device)
+        self.bank = Bank(layout.fields(dtype, max_rank, max_labels), num_slots, device)
+        modules = {path: self.model.get_submodule(path) for path in layout.sites}
+        # Also the embedding that is no site: an adapter may hold a copy of it.
+        modules |= {path: self.model.get_submodule(path) for path in layout.embeddings}
+        self.geometry = self._geometry(layout, max_rank, max_labels)
+        self.deltas = Deltas(layout, modules, lent)
+        self._graphs = self._build_graphs(checkpoint, layout, max_labels)
+        self._install(layout, dtype, max_rank)
         nn.Module.to(self.model, device)
-        self.geometry = Geometry(
-            architecture=type(self.model).__name__,
-            base_id=base.hub_id,
-            sites=sites,
-            linears=frozenset(linears) - frozenset(head),
+
+    def _prepare(self, device: torch.device) -> None:
+        prepare = words(self.model).prepare
+        if prepare is not None:
+            prepare(self.model)
+        if device.type == "cpu":
+            steady(self.model)
+
+    def _geometry(self, layout: Layout, max_rank: int, max_labels: int) -> Geometry:
+        return Geometry(
+            base_id=self.base.hub_id,
+            sites=layout.shapes(),
+            graphs=layout.graphs,
+            linears=layout.linears,
+            embeddings=layout.embeddings,
             max_rank=max_rank,
             max_labels=max_labels,
             max_positions=self.max_positions,
         )
 
-    def _install(
-        self, targets: dict[str, nn.Linear], head: dict[str, nn.Linear], max_rank: int
-    ) -> dict[str, SiteShape]:
-        """Put sites in the place of linears, and say which; the last of the head gives logits."""
-        sites: dict[str, SiteShape] = {}
-        for path, linear in targets.items():
-            self._replace(path, LoraSite(linear, path, self.bank, self.dtype, max_rank))
-            sites[path] = _shape("lora", linear)
-        for path, linear in head.items():
-            self._replace(path, HeadSite(linear, path, self.bank))
-            sites[path] = _shape("head", linear, labelled=path == next(reversed(head)))
-        return sites
+    def _build_graphs(
+        self, checkpoint: Checkpoint, layout: Layout, max_labels: int
+    ) -> dict[TaskType, HeadGraph]:
+        """Put head sites into their places, and return the graph of each task type."""
+        pad_id = self.config.get_text_config().pad_token_id
+        # No row has this id: without padding every token counts.
+        pad_id = self.config.get_text_config().vocab_size if pad_id is None else pad_id
+        for task_type, model in checkpoint.models.items():
+            for path, name, module, labels in layout.head_sites(task_type, max_labels):
+                inside = path.startswith(model.base_model_prefix + ".")
+                _replace(
+                    self.model if inside else model,
+                    path,
+                    HeadSite(module, name, self.bank, labels),
+                )
+        return {t: HeadGraph(_headless(m), pad_id) for t, m in checkpoint.models.items()}
 
-    def _replace(self, path: str, site: nn.Module) -> None:
-        parent, _, name = path.rpartition(".")
-        setattr(self.model.get_submodule(parent), name, site)
+    def _install(self, layout: Layout, dtype: torch.dtype, max_rank: int) -> None:
+        """Put the encoder's sites in the place of its modules."""
+        for path, kind in layout.sites.items():
+            module = self.model.get_submodule(path)
+            if kind == "linear":
+                _replace(self.model, path, LinearSite(module, path, self.bank, dtype, max_rank))
+            elif kind == "shift":
+                rowless = is_target(path, words(self.model).rowless)
+                _replace(self.model, path, ShiftSite(module, path, self.bank, dtype, rowless))
+            else:
+                assert isinstance(module, nn.Embedding)
+                _replace(self.model, path, EmbeddingSite(module, path, self.bank, dtype, max_rank))
 
     def forward(
-        self, ids: torch.Tensor, mask: torch.Tensor, type_ids: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Run one padded batch, for the slots that `bank.route` was given.
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        type_ids: torch.Tensor | None,
+        slots: Sequence[int],
+        of_tokens: Sequence[bool] = (),
+    ) -> Logits:
+        """Run one padded batch.
 
         Args:
             ids: [rows, tokens], int64, on the device, padded right.
             mask: [rows, tokens], int64, 1 for a token and 0 for padding.
             type_ids: [rows, tokens], int64, or None where all are 0.
-
-        Returns:
-            Logits [rows, max_labels], fp32.
+            slots: [rows], the slot that answers each row.
+            of_tokens: [rows], whether it answers each token; empty if none does.
         """
         segments = {} if type_ids is None else {"token_type_ids": type_ids}
-        logits: torch.Tensor = self.model(input_ids=ids, attention_mask=mask, **segments).logits
-        return logits
+        self.bank.route(slots)
+        encoded = self.model.base_model(input_ids=ids, attention_mask=mask, **segments)
+        if not any(of_tokens):
+            return Logits(self._graphs["SEQ_CLS"](encoded, ids, mask), None)
+        if all(of_tokens):
+            return Logits(None, self._graphs["TOKEN_CLS"](encoded, ids, mask))
+        parts = []
+        for task_type, wanted in (("SEQ_CLS", False), ("TOKEN_CLS", True)):
+            chosen = [row for row, is_token in enumerate(of_tokens) if is_token is wanted]
+            self.bank.route([slots[row] for row in chosen])
+            rows = torch.tensor(chosen, device=ids.device)
+            parts.append(self._graphs[task_type](encoded, ids, mask, rows))  # type: ignore[index]
+        return Logits(*parts)
 
     @cached_property
     def sha256(self) -> str | None:
@@ -142,95 +198,30 @@ class Encoder:
         return longest
 
 
-def compute_dtype(device: torch.device) -> torch.dtype:
+def default_dtype(device: torch.device) -> torch.dtype:
     """Return what base and LoRA compute in: bf16 on a GPU; fp32 on a CPU, where bf16 is slower."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def base_config(base: BaseName) -> object:
-    """Return the base's transformers config without its weights.
-
-    Raises:
-        BaseUnavailable: It cannot be had.
-    """
-    try:
-        return AutoConfig.from_pretrained(base.path, revision=base.revision)
-    except (OSError, ValueError) as error:
-        raise _unavailable(base, error) from None
-
-
-def _load(
-    base: BaseName, max_labels: int, device: torch.device
-) -> tuple[PreTrainedModel, frozenset[str]]:
-    """Load the base with a head of max_labels; also return the parameters it does not bring."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # that the head is new is what is meant here
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            base.path,
-            revision=base.revision,
-            num_labels=max_labels,
-            dtype=compute_dtype(device),
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    except (OSError, ValueError) as error:
-        raise _unavailable(base, error) from None
-    finally:
-        logging.set_verbosity(verbosity)
-    if device.type == "cpu":
-        steady(model)
-    mismatched = {entry[0] for entry in info["mismatched_keys"]}
-    return model.eval().requires_grad_(False), frozenset(info["missing_keys"]) | mismatched
+def _lent(layout: Layout) -> dict[str, torch.Tensor]:
+    """Return bank field -> fp32 CPU tensor of every head module that the checkpoint brings."""
+    return {
+        f"{layout.head_name(task_type, path)}.{part}": parameter.detach().float()
+        for task_type, head in layout.heads.items()
+        for path, module in head.items()
+        if layout.graphs[task_type].heads[path].in_base
+        for part, parameter in module.named_parameters(recurse=False)
+    }
 
 
-def _unavailable(base: BaseName, error: Exception) -> BaseUnavailable:
-    reason = str(error).strip().splitlines()[0].rstrip(".")
-    return BaseUnavailable(f"base_model={str(base)!r} cannot be loaded: {reason}")
+def _headless(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model that shares all modules with another, but not the names it has for them."""
+    twin = copy.copy(model)
+    twin._modules = dict(model._modules)
+    twin.config = copy.deepcopy(model.config)
+    return twin
 
 
-def head_paths(
-    model: PreTrainedModel, linears: Collection[str], missing: Collection[str]
-) -> list[str]:
-    """Return the linears that every adapter must bring, in the order of the model.
-
-    They are those outside the base model proper (`classifier`), and those that the checkpoint does
-    not bring (a pooler, say): both would else answer with random weights.
-    """
-    outside = [name for name, _ in model.named_children() if name != model.base_model_prefix]
-    head = [
-        path
-        for path in linears
-        if path.split(".")[0] in outside
-        or any(f"{path}.{leaf}" in missing for leaf in ("weight", "bias"))
-    ]
-    held = {f"{path}.{leaf}" for path in head for leaf in ("weight", "bias")}
-    needed = {n for n, _ in model.named_parameters() if n.split(".")[0] in outside} | set(missing)
-    left = sorted(needed - held)
-    if left or not head:
-        raise BaseUnavailable(
-            f"{type(model).__name__} is not served yet: its head is not made of linears alone"
-            + (f" ({', '.join(left[:4])})" if left else "")
-        )
-    return head
-
-
-def is_target(path: str, targets: Collection[str] | None) -> bool:
-    """Tell whether a module path ends in one of the targets; None is every path."""
-    return targets is None or any(path == t or path.endswith("." + t) for t in targets)
-
-
-def _linear(model: nn.Module, path: str) -> nn.Linear:
-    module = model.get_submodule(path)
-    assert isinstance(module, nn.Linear)  # quantised ones subclass it too
-    return module
-
-
-def _shape(kind: str, linear: nn.Linear, labelled: bool = False) -> SiteShape:
-    return SiteShape(
-        kind=kind,  # type: ignore[arg-type]
-        in_features=linear.in_features,
-        out_features=linear.out_features,
-        bias=linear.bias is not None,
-        labelled=labelled,
-    )
+def _replace(model: nn.Module, path: str, site: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, site)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from adapters.artifact import Artifact, read_artifact
 from adapters.store import RULES, Files
 from deployments.base import BaseName
-from deployments.model.encoder import Encoder
+from deployments.model.encoder import Encoder, Logits, default_dtype
 from deployments.model.quantize import choose
 from deployments.model.scores import to_predictions
+from deployments.model.vocabulary import base_tokenizer
 from deployments.rows import Prediction, Row
 
 
@@ -51,6 +52,9 @@ class Engine:
         max_lora_rank: int = 16,
         max_labels: int = 16,
         lora_targets: Collection[str] | None = None,
+        saved_modules: Collection[str] = (),
+        dtype: torch.dtype | None = None,
+        base_aliases: Collection[str] = (),
     ) -> None:
         """Load the base once.
 
@@ -62,6 +66,9 @@ class Engine:
             max_lora_rank: Largest rank that can be loaded.
             max_labels: Most labels that can be loaded.
             lora_targets: Ends of module paths that adapters may target; None for all linears.
+            saved_modules: Ends of the paths of modules before the head that adapters may bring.
+            dtype: What base and LoRA compute in; None is bf16 on a GPU and fp32 on a CPU.
+            base_aliases: Hub ids that are the same base as `base_model`.
 
         Raises:
             BaseUnavailable: The base cannot be loaded or served.
@@ -73,15 +80,23 @@ class Engine:
             BaseName.parse(base_model),
             quantization=self.quantization,
             device=self.device,
+            dtype=dtype or default_dtype(self.device),
             num_slots=adapter_slots + 1,
             max_rank=max_lora_rank,
             max_labels=max_labels,
             lora_targets=lora_targets,
+            saved_modules=saved_modules,
         )
-        config = self.encoder.config
-        self._num_ids: int = config.get_text_config().vocab_size
+        self.geometry = replace(
+            self.encoder.geometry,
+            base_aliases=frozenset(base_aliases),
+            tokenizer=base_tokenizer(self.encoder),
+        )
+        config = self.encoder.config.get_text_config()
+        self._num_ids: int = config.vocab_size
         self._pad_id: int = config.pad_token_id or 0
         self._num_labels = [0] * (adapter_slots + 1)
+        self._of_tokens = [False] * (adapter_slots + 1)
 
     def read(self, files: Files) -> Loaded:
         """Validate an adapter's files against this base and pack them for a slot.
@@ -92,14 +107,16 @@ class Engine:
         # Only where it is compared: hashing a large base takes a minute.
         compared = b"base_sha256" in files.contents.get(RULES, b"")
         sha256 = self.encoder.sha256 if compared else None
-        artifact = read_artifact(files, self.encoder.geometry, sha256)
-        row = self.encoder.bank.pack(artifact.tensors)
-        return Loaded(artifact.without_tensors(), row, frozenset(artifact.tensors))
+        artifact = read_artifact(files, self.geometry, sha256)
+        fields = self.encoder.deltas.fields(artifact)
+        row = self.encoder.bank.pack(fields)
+        return Loaded(artifact.without_tensors(), row, frozenset(fields))
 
     def write(self, slot: int, loaded: Loaded) -> None:
         """Put an adapter into a slot (1 to adapter_slots), in the place of what was there."""
         self.encoder.bank.write(slot, loaded.row, loaded.fields)
         self._num_labels[slot] = loaded.artifact.num_labels
+        self._of_tokens[slot] = loaded.artifact.spec.task_type == "TOKEN_CLS"
 
     def problem(self, row: Row) -> BadRow | None:
         """Return why a row cannot be read, or None if it can."""
@@ -118,16 +135,21 @@ class Engine:
         return None
 
     def logits(self, rows: Sequence[Row], num_tokens: int | None = None) -> torch.Tensor:
-        """Run one forward.
+        """Run one forward of rows that are all of one task type.
 
         Args:
             rows: Rows without a `problem`, of any mix of slots.
             num_tokens: Pad to so many tokens; None for the longest row.
 
         Returns:
-            [rows, max_labels], fp32, on the device; zero beyond a row's own labels. Gradients
-            flow if the caller has them on.
+            [rows, max_labels], of token classifiers [rows, tokens, max_labels], fp32, on the
+            device; zero beyond a row's own labels. Gradients flow if the caller has them on.
         """
+        sequences, tokens = self._forward(rows, num_tokens)
+        assert (sequences is None) is not (tokens is None)
+        return sequences if sequences is not None else tokens  # type: ignore[return-value]
+
+    def _forward(self, rows: Sequence[Row], num_tokens: int | None = None) -> Logits:
         width = max(max(row.num_tokens for row in rows), num_tokens or 0)
         ids = torch.full((len(rows), width), self._pad_id)
         mask = torch.zeros(len(rows), width, dtype=torch.int64)
@@ -137,11 +159,12 @@ class Engine:
             mask[index, : row.num_tokens] = 1
             if segments is not None and row.tokens.type_ids:
                 segments[index, : row.num_tokens] = torch.tensor(row.tokens.type_ids)
-        self.encoder.bank.route([row.slot for row in rows])
         return self.encoder.forward(
             ids.to(self.device),
             mask.to(self.device),
             None if segments is None else segments.to(self.device),
+            [row.slot for row in rows],
+            [self._of_tokens[row.slot] for row in rows],
         )
 
     def predict(self, rows: Sequence[Row]) -> list[Prediction | Exception]:
@@ -149,12 +172,15 @@ class Engine:
         answers: list[Prediction | Exception | None] = [self.problem(row) for row in rows]
         good = [index for index, problem in enumerate(answers) if problem is None]
         if good:
-            chosen = [rows[index] for index in good]
             with torch.inference_mode():
-                logits = self.logits(chosen)
-            counts = [self._num_labels[row.slot] for row in chosen]
-            for index, prediction in zip(good, to_predictions(logits, counts, chosen), strict=True):
-                answers[index] = prediction
+                logits = self._forward([rows[index] for index in good])
+            for of_tokens, part in enumerate(logits):
+                chosen = [i for i in good if self._of_tokens[rows[i].slot] == bool(of_tokens)]
+                if part is not None:
+                    counts = [self._num_labels[rows[index].slot] for index in chosen]
+                    scored = to_predictions(part, counts, [rows[index] for index in chosen])
+                    for index, prediction in zip(chosen, scored, strict=True):
+                        answers[index] = prediction
         return answers  # type: ignore[return-value]  # no None is left
 
 

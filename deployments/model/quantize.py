@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 Quantization = Literal["none", "int8", "nf4"]
 
@@ -45,11 +46,19 @@ def int8_is_exact() -> bool:
 def quantize(
     model: nn.Module, skip: Collection[str], quantization: Quantization, device: torch.device
 ) -> None:
-    """Replace every linear of a model in place, but those whose module path is in `skip`."""
+    """Replace every linear of a model in place, but those whose module path is in `skip`.
+
+    A linear that the checkpoint brings quantised stays as it is.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            _stay_exact(module)
     if quantization == "none":
         return
-    linears = [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear and n not in skip]
-    for path, linear in linears:
+    kinds = (nn.Linear, Conv1D)
+    linears = [(n, m) for n, m in model.named_modules() if type(m) in kinds and n not in skip]
+    for path, module in linears:
+        linear = _as_linear(module)
         parent, _, name = path.rpartition(".")
         new: nn.Module
         if device.type == "cpu" and quantization == "int8":
@@ -57,6 +66,17 @@ def quantize(
         else:
             new = _bitsandbytes(linear, quantization, device)
         setattr(model.get_submodule(parent), name, new)
+
+
+def _as_linear(module: nn.Module) -> nn.Linear:
+    """Return a linear as it is, and a Conv1D, whose weight is [in, out], as one."""
+    if isinstance(module, nn.Linear):
+        return module
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    linear = nn.Linear(weight.shape[0], weight.shape[1], device="meta")
+    linear.weight = nn.Parameter(weight.detach().t().contiguous(), requires_grad=False)
+    linear.bias = module.bias  # type: ignore[assignment]
+    return linear
 
 
 def _bitsandbytes(linear: nn.Linear, quantization: Quantization, device: torch.device) -> nn.Module:
@@ -83,9 +103,7 @@ def _bitsandbytes(linear: nn.Linear, quantization: Quantization, device: torch.d
             quant_type="nf4",
             module=new,
         )
-        # Its fused kernel for CPUs with AVX-512-BF16 rounds inputs and outputs to bf16 whatever
-        # compute_dtype says, so that padding moves an answer, and lets no gradient through.
-        new.support_avx512bf16_for_cpu = False
+        _stay_exact(new)
     else:
         new = bnb.nn.Linear8bitLt(**shape, has_fp16_weights=False, threshold=0.0)
         new.weight = bnb.nn.Int8Params(
@@ -93,6 +111,15 @@ def _bitsandbytes(linear: nn.Linear, quantization: Quantization, device: torch.d
         )
     new.bias = linear.bias
     return new.to(device).eval()
+
+
+def _stay_exact(linear4bit: nn.Module) -> None:
+    """Switch off a fused kernel that CPUs with AVX-512-BF16 have.
+
+    It rounds inputs and outputs to bf16 whatever compute_dtype says, so that padding moves an
+    answer, and lets no gradient through.
+    """
+    linear4bit.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 class Int8Linear(nn.Linear):

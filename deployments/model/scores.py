@@ -15,14 +15,21 @@ def to_predictions(
     """Score a batch, each row by its own problem type.
 
     Args:
-        logits: [rows, max_labels], fp32, any device; a row's labels beyond its own are ignored.
+        logits: [rows, max_labels], of token classifiers [rows, tokens, max_labels], fp32, any
+            device; a row's labels beyond its own, and tokens of padding, are ignored.
         num_labels: Labels of each row.
         rows: The rows, for their problem types.
 
     Returns:
         A prediction a row: softmax for one label of many (stable for any logits), sigmoid for
-        any of many, the logits themselves for regression.
+        any of many, the logits themselves for regression; of a token classifier the softmax of
+        each token.
     """
+    if logits.ndim == 3:
+        return [
+            _of_tokens(one[: row.num_tokens, :count])
+            for one, count, row in zip(logits.cpu(), num_labels, rows, strict=True)
+        ]
     logits = logits[:, : max(num_labels)].float().cpu()  # one wide task in the bank is enough
     counts = torch.tensor(num_labels).unsqueeze(1)
     absent = torch.arange(logits.shape[1]).unsqueeze(0) >= counts
@@ -40,3 +47,8 @@ def to_predictions(
             scores = values[:count]
         predictions.append(Prediction(values[:count], scores))
     return predictions
+
+
+def _of_tokens(logits: torch.Tensor) -> Prediction:
+    """Score one row's tokens, [tokens, labels]."""
+    return Prediction(logits.tolist(), logits.softmax(dim=1).tolist())

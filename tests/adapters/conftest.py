@@ -11,7 +11,7 @@ from safetensors.torch import save
 
 from adapters.artifact import Artifact, read_artifact
 from adapters.errors import AdapterRefused
-from adapters.geometry import Geometry, SiteShape
+from adapters.geometry import Geometry, Graph, HeadShape, SiteShape
 from adapters.store import Store
 
 PREFIX = "base_model.model."
@@ -21,13 +21,15 @@ PREFIX = "base_model.model."
 def geometry() -> Geometry:
     """A base with two layers of two linears, of which one kind is served, and a head of two."""
     linears = [f"bert.layer.{n}.{name}" for n in (0, 1) for name in ("query", "dense")]
-    sites = {path: SiteShape("lora", 6, 4, bias=True) for path in linears if "query" in path}
-    sites["bert.pooler"] = SiteShape("head", 6, 6, bias=True)
-    sites["classifier"] = SiteShape("head", 6, 5, bias=True, labelled=True)
+    sites = {path: SiteShape("linear", 6, 4, bias=True) for path in linears if "query" in path}
+    heads = {
+        "bert.pooler": HeadShape({"weight": (6, 6), "bias": (6,)}),
+        "classifier": HeadShape({"weight": (2, 6), "bias": (2,)}, labelled=True),
+    }
     return Geometry(
-        architecture="BertForSequenceClassification",
         base_id="org/base",
         sites=sites,
+        graphs={"SEQ_CLS": Graph("BertForSequenceClassification", heads)},
         linears=frozenset(linears),
         max_rank=4,
         max_labels=5,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adapters.artifact import Artifact
-from adapters.geometry import Geometry
+from adapters.geometry import Geometry, HeadShape
 
 Config = dict[str, Any]
 Tensors = dict[str, torch.Tensor]
@@ -67,7 +67,7 @@ def test_a_wrong_tensor_is_the_one_problem(
         f"{PREFIX}{QUERY}.weight",  # a base weight, trained whole
         f"{PREFIX}classifier.scale",
         f"{PREFIX}classifier.lora_A.weight",
-        f"{PREFIX}bert.embeddings.word_embeddings.weight",
+        f"{PREFIX}bert.embeddings.word_embeddings.weight",  # this base lets none be targeted
         "x",
         "",
         "classifier.weight",  # a second one, without the prefix
@@ -82,9 +82,9 @@ def test_a_tensor_that_matches_nothing_is_refused_by_name(
 
 
 def test_a_linear_without_a_bias_takes_none(refused: Refused, geometry: Geometry) -> None:
-    sites = dict(geometry.sites)
-    sites["classifier"] = replace(sites["classifier"], bias=False)
-    problems = refused(geometry=replace(geometry, sites=sites))
+    graph = geometry.graphs["SEQ_CLS"]
+    heads = {**graph.heads, "classifier": HeadShape({"weight": (2, 6)}, labelled=True)}
+    problems = refused(geometry=replace(geometry, graphs={"SEQ_CLS": replace(graph, heads=heads)}))
     assert problems == (f"tensors that match nothing here: {PREFIX}classifier.bias",)
 
 
@@ -163,11 +163,11 @@ def test_a_digit_bomb_is_refused(refused: Refused) -> None:
 def test_problems_of_config_rules_and_weights_are_told_together(
     refused: Refused, config: Config
 ) -> None:
-    config["use_dora"] = True
+    config["use_qalora"] = True
     said = "; ".join(
         refused(task__json={"pear": 1}, adapter_model__safetensors=b"\2\0\0\0\0\0\0\0[]")
     )
-    for part in ("use_dora", "task.json: pear", "cannot be read"):
+    for part in ("use_qalora", "task.json: pear", "cannot be read"):
         assert part in said
 
 

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 
 from adapters.rules import Rules
 from adapters.spec import Spec, read_spec
@@ -58,13 +59,11 @@ QUIET: Config = {
 }  # fmt: skip
 
 LOUD: Config = {
-    "fan_in_fan_out": True, "bias": "all", "init_lora_weights": "pissa",
-    "layers_to_transform": [0, 1], "layers_pattern": "layers", "rank_pattern": {"query": 4},
-    "alpha_pattern": {"query": 4}, "megatron_config": {"a": 1},
-    "trainable_token_indices": [5], "loftq_config": {"loftq_bits": 4}, "corda_config": {"a": 1},
-    "lora_ga_config": {"a": 1}, "use_dora": True, "velora_config": {"a": 1},
+    "bias": "some", "init_lora_weights": "pissa", "layers_to_transform": "all",
+    "layers_pattern": [5], "rank_pattern": {"query": 0}, "alpha_pattern": {"query": "4"},
+    "megatron_config": {"a": 1}, "trainable_token_indices": [5], "velora_config": {"a": 1},
     "alora_invocation_tokens": [7], "use_qalora": True, "monteclora_config": {"a": 1},
-    "layer_replication": [[0, 4]], "lora_bias": True, "target_parameters": ["w"],
+    "layer_replication": [[0, 4]], "target_parameters": ["w"],
     "use_bdlora": {"a": 1}, "arrow_config": {"a": 1}, "kasa_config": {"a": 1},
     "a_key_of_tomorrow": 0.5,
 }  # fmt: skip
@@ -72,9 +71,12 @@ LOUD: Config = {
 
 def test_what_peft_writes_is_read() -> None:
     spec, rules = good(QUIET)
-    assert (spec.rank, spec.alpha, spec.scaling) == (8, 16.0, 2.0)
-    assert spec.target_modules == ("query", "value")
-    assert spec.modules_to_save == ("classifier",)
+    assert (spec.rank, spec.alpha, spec.scaling_of("bert.query")) == (8, 16.0, 2.0)
+    assert spec.matching.target_modules == ("query", "value")
+    assert spec.matching.modules_to_save == ("classifier",)
+    assert (spec.method, spec.task_type, spec.bias, spec.lora_bias) == (
+        "lora", "SEQ_CLS", "none", False
+    )  # fmt: skip
     assert spec.base == "org/base"
     assert spec.base_class is spec.labels is spec.problem_type is None
     assert rules == Rules()
@@ -84,7 +86,9 @@ def test_what_peft_saves_is_read(tmp_path: Path) -> None:
     config = LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["a", "b"], use_rslora=True)
     config.save_pretrained(str(tmp_path))
     spec, _ = good((tmp_path / "adapter_config.json").read_bytes())
-    assert (spec.rank, spec.use_rslora, set(spec.target_modules)) == (4, True, {"a", "b"})
+    assert (spec.rank, spec.use_rslora, set(spec.matching.target_modules)) == (
+        4, True, {"a", "b"}
+    )  # fmt: skip
 
 
 def test_no_key_of_peft_is_unknown_to_these_tests() -> None:
@@ -122,14 +126,43 @@ def test_an_initialisation_that_changes_the_base_is_refused(init: str) -> None:
     assert "init_lora_weights" in refused({**QUIET, "init_lora_weights": init})
 
 
-@pytest.mark.parametrize("method", ["IA3", "LOHA", "VERA", None, 7, ["LORA"]])
+@pytest.mark.parametrize("method", ["OFT", "LOHA", "VERA", "PREFIX_TUNING", None, 7, ["LORA"]])
 def test_another_method_is_refused(method: Any) -> None:
-    assert "only LORA is" in refused({**QUIET, "peft_type": method})
+    said = refused({**QUIET, "peft_type": method})
+    assert f"peft_type {method!r} is not served; LORA (with DoRA) and IA3 are" in said
+    assert ("peft.save_as_lora" in said) == (method in ("LOHA", "VERA"))
 
 
-@pytest.mark.parametrize("task_type", ["CAUSAL_LM", "TOKEN_CLS", 5, ["SEQ_CLS"]])
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", 5, ["SEQ_CLS"]])
 def test_another_kind_of_task_is_refused(task_type: Any) -> None:
-    assert "only SEQ_CLS is" in refused({**QUIET, "task_type": task_type})
+    assert "SEQ_CLS and TOKEN_CLS are" in refused({**QUIET, "task_type": task_type})
+
+
+def test_a_class_that_peft_noted_stands_for_a_task_type() -> None:
+    noted = {"base_model_class": "BertForTokenClassification"}
+    spec, _ = good({**QUIET, "task_type": None, "auto_mapping": noted})
+    assert (spec.task_type, spec.base_class) == ("TOKEN_CLS", "BertForTokenClassification")
+
+
+def test_ia3_is_read(tmp_path: Path) -> None:
+    config = IA3Config(task_type="SEQ_CLS", target_modules=["k", "up"], feedforward_modules=["up"])
+    config.save_pretrained(str(tmp_path))
+    spec, _ = good((tmp_path / "adapter_config.json").read_bytes())
+    assert (spec.method, spec.rank) == ("ia3", 0)
+    assert spec.matching.feeds_forward("a.up")
+    assert not spec.matching.feeds_forward("a.k")
+
+
+def test_ranks_and_alphas_by_pattern_are_peft_s() -> None:
+    patterns = {"rank_pattern": {"query": 4, r"layer\.\d\.key": 2}, "alpha_pattern": {"a.query": 3}}
+    spec, _ = good({**QUIET, "r": 8, "lora_alpha": 16, **patterns})
+    for path, rank, alpha in (
+        ("a.query", 4, 3), ("b.query", 4, 16), ("a.layer.7.key", 2, 16), ("a.key", 8, 16),
+    ):  # fmt: skip
+        assert (spec.rank_of(path), spec.scaling_of(path)) == (rank, alpha / rank)
+        assert rank == patterns["rank_pattern"].get(
+            get_pattern_key(patterns["rank_pattern"], path), 8
+        )
 
 
 @pytest.mark.parametrize(
@@ -163,8 +196,8 @@ def test_no_config_crashes_the_reader(changes: Config, model_config: Config | No
     spec, _, problems = read({**QUIET, **changes}, config=model_config or {})
     assert spec is not None or problems
     if spec is not None:
-        assert isinstance(spec.scaling, float)
-        assert isinstance(spec.targets("bert.query"), bool)
+        assert isinstance(spec.scaling_of("bert.query"), float)
+        assert isinstance(spec.matching.targets("bert.query"), bool)
 
 
 @pytest.mark.parametrize("name", ["adapter_config", "config", "task"])
@@ -191,31 +224,44 @@ def test_problems_of_all_files_are_told_at_once() -> None:
 
 
 def test_scaling_is_peft_s() -> None:
-    assert good({**QUIET, "r": 16, "lora_alpha": 8})[0].scaling == 0.5
-    assert good({**QUIET, "r": 16, "lora_alpha": 8, "use_rslora": True})[0].scaling == 2.0
+    assert good({**QUIET, "r": 16, "lora_alpha": 8})[0].scaling_of("a") == 0.5
+    assert good({**QUIET, "r": 16, "lora_alpha": 8, "use_rslora": True})[0].scaling_of("a") == 2.0
 
 
 PATHS = st.lists(
     st.sampled_from(["a", "b", "0", "10", "query", "subquery"]), min_size=1, max_size=4
 )
+LAYERS = st.none() | st.integers(0, 2) | st.lists(st.sampled_from([0, 1, 10]), max_size=2)
 NAMES = st.lists(PATHS.map(".".join), max_size=3)
 PATTERNS = st.sampled_from([r".*\.query", "query", r"a\..*(query|0)", r"(.*\.)?[01]\.a", ""])
 
 
-@example(["query"], [], "a.subquery")
-@example(["a"], ["query"], "query.a")
-@example("query", [], "a.query")
-@given(NAMES.filter(bool) | PATTERNS.filter(bool), NAMES | PATTERNS, PATHS.map(".".join))
-def test_modules_match_as_in_peft(target: Any, exclude: Any, path: str) -> None:
-    spec, _ = good({**QUIET, "target_modules": target, "exclude_modules": exclude})
-    peft = LoraConfig(target_modules=target, exclude_modules=exclude)
-    assert spec.targets(path) == bool(check_target_module_exists(peft, path))
+@example(["query"], [], None, [], "a.subquery")
+@example(["a"], ["query"], None, [], "query.a")
+@example("query", [], None, [], "a.query")
+@example(["query"], [], [0], ["a"], "a.a.0.query")
+@given(
+    NAMES.filter(bool) | PATTERNS.filter(bool),
+    NAMES | PATTERNS,
+    LAYERS,
+    st.lists(st.sampled_from(["a", "b", "query"]), max_size=2),
+    PATHS.map(".".join),
+)
+def test_modules_match_as_in_peft(
+    target: Any, exclude: Any, layers: Any, saved: list[str], path: str
+) -> None:
+    # PEFT itself refuses layers beside a regular expression.
+    layers = None if isinstance(target, str) else layers
+    keys = {"target_modules": target, "exclude_modules": exclude, "modules_to_save": saved}
+    spec, _ = good({**QUIET, **keys, "layers_to_transform": layers})
+    peft = LoraConfig(**keys, layers_to_transform=layers)
+    assert spec.matching.targets(path) == bool(check_target_module_exists(peft, path))
 
 
 def test_all_linear_is_every_module_but_the_excluded() -> None:
     spec, _ = good({**QUIET, "target_modules": "all-linear", "exclude_modules": ["out"]})
-    assert spec.targets("a.query")
-    assert not spec.targets("a.out")
+    assert spec.matching.targets("a.query")
+    assert not spec.matching.targets("a.out")
 
 
 def test_labels_and_problem_type_come_from_the_models_config() -> None:

@@ -20,7 +20,7 @@ from transformers import (
 
 from adapters.store import WEIGHTS, Store
 from deployments.model.engine import Engine
-from deployments.model.sites import LoraSite
+from deployments.model.sites import LinearSite
 from deployments.rows import Row, Tokens
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -147,7 +147,7 @@ def base_linears() -> Callable[[Engine], dict[str, nn.Linear]]:
     def find(engine: Engine) -> dict[str, nn.Linear]:
         model = engine.encoder.model
         found = {path: model.get_submodule(path) for path in engine.encoder.geometry.linears}
-        return {p: m.linear if isinstance(m, LoraSite) else m for p, m in found.items()}
+        return {p: m.linear if isinstance(m, LinearSite) else m for p, m in found.items()}
 
     return find
 

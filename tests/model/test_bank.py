@@ -9,7 +9,7 @@ from torch import nn
 from adapters.store import Store
 from deployments.model.bank import Bank, Field
 from deployments.model.engine import Engine
-from deployments.model.sites import HeadSite, LoraSite
+from deployments.model.sites import HeadSite, LinearSite, ShiftSite
 from deployments.rows import Row, Tokens
 
 CPU = torch.device("cpu")
@@ -112,9 +112,9 @@ def test_a_row_has_the_same_bits_in_a_batch_of_one_adapter_and_in_a_mixed_one(
 ) -> None:
     torch.manual_seed(0)
     linear, head = nn.Linear(48, 64), nn.Linear(48, 7)
-    fields = (*LoraSite.fields(linear, "l", torch.float32, 8), *HeadSite.fields(head, "h"))
+    fields = (*LinearSite.fields(linear, "l", torch.float32, 8), *HeadSite.fields(head, "h", None))
     bank = Bank(fields, num_slots=4, device=CPU)
-    sites = LoraSite(linear, "l", bank, torch.float32, 8), HeadSite(head, "h", bank)
+    sites = LinearSite(linear, "l", bank, torch.float32, 8), HeadSite(head, "h", bank, None)
     for slot in (1, 2, 3):
         put(bank, slot, {field.name: torch.randn(field.shape) for field in fields})
     x = torch.randn(shape)
@@ -130,8 +130,8 @@ def test_a_row_has_the_same_bits_in_a_batch_of_one_adapter_and_in_a_mixed_one(
 def test_a_pooled_input_is_answered_as_a_single_token() -> None:
     torch.manual_seed(0)
     linear = nn.Linear(8, 6)
-    bank = Bank(LoraSite.fields(linear, "l", torch.float32, 3), num_slots=3, device=CPU)
-    site = LoraSite(linear, "l", bank, torch.float32, 3)
+    bank = Bank(LinearSite.fields(linear, "l", torch.float32, 3), num_slots=3, device=CPU)
+    site = LinearSite(linear, "l", bank, torch.float32, 3)
     a, b = torch.randn(2, 8, 3), torch.randn(2, 3, 6)
     for slot in (1, 2):
         put(bank, slot, {"l.lora_A": a[slot - 1], "l.lora_B": b[slot - 1]})
@@ -169,10 +169,16 @@ def test_a_site_that_no_row_of_the_batch_uses_does_not_run(
 
 def test_all_sites_of_an_engine_read_one_tensor(engine: Engine) -> None:
     memory = engine.encoder.bank.memory
-    sites = [m for m in engine.encoder.model.modules() if isinstance(m, (LoraSite, HeadSite))]
-    assert len(sites) == len(engine.encoder.geometry.sites) == 2 * 6 + 1 + 1
+    kinds = (LinearSite, ShiftSite, HeadSite)
+    sites = [m for m in engine.encoder.model.modules() if isinstance(m, kinds)]
+    num_linears, num_norms = 2 * 6 + 1, 2 * 2 + 1
+    assert len(engine.encoder.geometry.sites) == num_linears + num_norms == len(sites) - 1
     for site in sites:
-        read = (site.a, site.b) if isinstance(site, LoraSite) else (site.weight, site.bias)
+        if isinstance(site, LinearSite):
+            read = [site.a, site.b, *(view for _, view in site.vectors.values())]
+            assert len(read) == 6
+        else:
+            read = [site.shift] if isinstance(site, ShiftSite) else [site.weight, site.bias]
         for view in read:
             assert view.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
     # The only parameters are the base's own: no site keeps weights beside the bank.

@@ -90,6 +90,7 @@ def _row_bytes(base: str, sizes: Sizes) -> int:
         BaseName.parse(base),
         quantization="none",
         device=torch.device("cpu"),
+        dtype=torch.float32,
         num_slots=2,
         max_rank=sizes.max_lora_rank,
         max_labels=sizes.max_labels,

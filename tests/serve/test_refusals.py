@@ -1,6 +1,7 @@
 """Adapters that cannot be served are refused by name, and nothing else is affected."""
 
 import json
+import os
 import pickle
 import shutil
 import time
@@ -13,6 +14,7 @@ import httpx2
 import pytest
 
 TASKS = ("aspects", "sentiment", "spam", "topic")
+BASE = Path(__file__).parents[2] / "examples" / "base"
 WEIGHTS = "adapter_model.safetensors"
 TEXTS = ["I absolutely loved this product!"]
 HEAD = "base_model.model.classifier.weight"
@@ -28,10 +30,18 @@ SAID = {
     "stray": ["match nothing", "layer.99"],
     "too-large": ["rank 20", "max_lora_rank=16", "40 labels", "max_labels=16"],
     "not-finite": ["classifier.weight", "NaN"],
-    "other-method": ["'IA3'", "only LORA"],
+    "other-method": ["'LOHA'", "LORA (with DoRA) and IA3 are"],
     "unknown-rule": ["task.json", "temperature", "not a known rule"],
     "many": ["base_sha256", "match nothing", "layer.99", "no head weights"],
-    "config-and-files": ["use_dora=True", "base_sha256", "layer.99", "no head weights"],
+    "config-and-files": ["use_qalora=True", "base_sha256", "layer.99", "no head weights"],
+    "pipe": [f"{WEIGHTS} is a pipe or device, not a file"],
+    "linked-out": ["tokenizer.json is a link to outside of the store"],
+    "endless-pattern": ["does not come to an end"],
+    "absurd-rank": ["rank 1000000000 is over max_lora_rank=16"],
+    "absurd-header": [f"header of {2**60} bytes"],
+    "deep-config": ["adapter_config.json is not valid JSON"],
+    "half-a-pair": ["task.json holds what is no text"],
+    "other-tokenizer": ["tokenizer.json is not the base's (normalizer)"],
 }
 
 
@@ -70,6 +80,19 @@ def spoil_head(tensors: dict[str, Any]) -> None:
     tensors[HEAD][0, 0] = float("nan")
 
 
+def nasty(folders: dict[str, Path]) -> None:
+    """Breaks folders in ways that might hold up, or end, whoever reads them."""
+    endless = "(?:(?:[a-z]|[a-z.0-9])+)+[A-Z]"
+    edit_json(folders["endless-pattern"] / "adapter_config.json", target_modules=endless)
+    edit_json(folders["absurd-rank"] / "adapter_config.json", r=10**9)
+    (folders["absurd-header"] / WEIGHTS).write_bytes((2**60).to_bytes(8, "little"))
+    (folders["deep-config"] / "adapter_config.json").write_bytes(b"[" * 100_000)
+    edit_json(folders["half-a-pair"] / "task.json", labels=["ham", "\ud800"])
+    tokenizer = json.loads((BASE / "tokenizer.json").read_text())
+    tokenizer["normalizer"]["lowercase"] = False
+    (folders["other-tokenizer"] / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
 @pytest.fixture(scope="module")
 def refused(app: Any, make_adapter: Any, tmp_path_factory: Any) -> Iterator[Path]:
     """Puts every bad adapter of `SAID` into the store; yields what the pickle would touch."""
@@ -102,15 +125,19 @@ def refused(app: Any, make_adapter: Any, tmp_path_factory: Any) -> Iterator[Path
     (folders["only-pickle"] / "adapter_model.bin").write_bytes(pickle.dumps(Explodes(marker)))
     edit_tensors(folders["stray"], add_stray)
     edit_tensors(folders["not-finite"], spoil_head)
-    edit_json(folders["other-method"] / "adapter_config.json", peft_type="IA3")
+    edit_json(folders["other-method"] / "adapter_config.json", peft_type="LOHA")
     edit_json(folders["unknown-rule"] / "task.json", temperature=2)
     for name in ("many", "config-and-files"):
         edit_json(folders[name] / "task.json", base_sha256="0" * 64)
         edit_tensors(folders[name], drop_head)
         edit_tensors(folders[name], add_stray)
-    edit_json(folders["config-and-files"] / "adapter_config.json", use_dora=True)
+    edit_json(folders["config-and-files"] / "adapter_config.json", use_qalora=True)
+    nasty(folders)
     for name, folder in folders.items():
         shutil.copytree(folder, app.store / name)
+    (app.store / "pipe" / WEIGHTS).unlink()
+    os.mkfifo(app.store / "pipe" / WEIGHTS)
+    (app.store / "linked-out" / "tokenizer.json").symlink_to(BASE / "tokenizer.json")
     yield marker
     for name in SAID:
         shutil.rmtree(app.store / name)
