@@ -87,12 +87,12 @@ def _adaption_prompt(base: Base) -> PeftConfig:
 
 
 def _unknown_to_adaption_prompt(base: Base) -> Expectation | None:
-    known = base.model_type in ("llama", "mistral", "qwen3", "gpt2")
+    known = base.model_type in ("llama", "mistral", "gpt2")
     return None if known else PeftCannot("Unsupported model type for adaption prompt")
 
 
 def _not_layered(base: Base) -> Expectation | None:
-    known = base.model_type in ("bert", "llama")
+    known = base.layers == "layers" or base.model_type == "bert"
     return None if known else PeftCannot("Could not locate the layers attribute")
 
 
