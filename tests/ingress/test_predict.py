@@ -39,6 +39,7 @@ def tokenizer() -> Tokenizer:
             "truncation_side": "right",
             "split_special_tokens": False,
             "type_ids": True,
+            "unk_id": NUM_WORDS,
         }
     )
 
@@ -249,9 +250,6 @@ PAIR = {"text": "w1", "text_pair": "w2"}
         (["w1"] * 2001, {}, "2001 entries, over the limit of 2000"),
         (["w1", PAIR], {}, "texts[1] must be a string"),
         ([PAIR, "w1"], {"pair": True}, 'texts[1] must be {"text": …, "text_pair": …}'),
-        (["w1", "w2 \ud800"], {}, "texts[1] has half a surrogate pair"),
-        (["\udc00\ud83d"], {}, "texts[0] has half a surrogate pair"),
-        ([{**PAIR, "text_pair": "\udfff"}], {"pair": True}, "texts[0] has half a surrogate pair"),
     ],
 )
 async def test_input_that_does_not_fit_the_task_is_refused_before_the_model(
@@ -274,11 +272,11 @@ async def test_encoding_does_not_hold_up_the_event_loop(
     turns, begun, encode = 0, asyncio.Event(), tokenizer.encode
     loop = asyncio.get_running_loop()
 
-    def slow(*arguments: Any) -> Any:
+    def slow(*arguments: Any, **named: Any) -> Any:
         loop.call_soon_threadsafe(begun.set)
         # Goes on once the loop has turned, which it could not if it waited here.
         asyncio.run_coroutine_threadsafe(asyncio.sleep(0.05), loop).result(5)
-        return encode(*arguments)
+        return encode(*arguments, **named)
 
     monkeypatch.setattr(tokenizer, "encode", slow)
     call = asyncio.ensure_future(ask("w1"))
