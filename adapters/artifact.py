@@ -11,10 +11,12 @@ from safetensors.torch import load as load_safetensors
 
 from adapters.errors import AdapterRefused
 from adapters.geometry import Geometry, hub_id
+from adapters.pattern import PatternTooSlow
 from adapters.rules import ProblemType, Rules
 from adapters.sorter import Sorter
 from adapters.spec import Spec, read_spec
 from adapters.store import WEIGHTS, Files
+from adapters.tokenizer import Comparison
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,7 @@ class Artifact:
         rules: What its task.json says.
         num_labels: Rows of its last head linear.
         num_bytes: Size of its tensors as they lie in the file.
+        training_length: Longest input in training in tokens, if its tokenizer files tell.
         tensors: Module path and part -> fp32 CPU tensor: `path.lora_A` [in, rank] and
             `path.lora_B` [rank, out], which has the scaling folded in, as `path.lora_bias` [out]
             has; DoRA's `path.magnitude` [out]; `path.ia3` [in] or [out]; `path.bias` [out], in
@@ -41,6 +44,7 @@ class Artifact:
     rules: Rules
     num_labels: int
     num_bytes: int
+    training_length: int | None
     tensors: Mapping[str, torch.Tensor]
     copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
@@ -82,11 +86,17 @@ def read_artifact(files: Files, geometry: Geometry, base_sha256: str | None = No
         problems.append(f"task_type {spec.task_type} is not served: the base has no class for it")
         raise AdapterRefused(files.task, problems)
     problems += _base_problems(spec, rules, geometry, base_sha256)
+    tokenizer = geometry.tokenizer
+    compared = Comparison() if tokenizer is None else tokenizer.compare(files.contents)
+    problems += compared.problems
     sorter = Sorter(spec, geometry, problems)
-    # safetensors gives them in random order: weights first, as a head's shape needs.
-    for name in sorted(stored, key=lambda name: (not name.endswith(".weight"), name)):
-        sorter.place(name, stored[name])
-    sorter.finish()
+    try:
+        # safetensors gives them in random order: weights first, as a head's shape needs.
+        for name in sorted(stored, key=lambda name: (not name.endswith(".weight"), name)):
+            sorter.place(name, stored[name])
+        sorter.finish()
+    except PatternTooSlow as error:
+        raise AdapterRefused(files.task, [*problems, str(error)]) from None
     num_labels = sorter.num_labels
     for source, labels in (("task.json", rules.labels), ("config.json", spec.labels)):
         if labels is not None and num_labels and len(labels) != num_labels:
@@ -98,6 +108,7 @@ def read_artifact(files: Files, geometry: Geometry, base_sha256: str | None = No
         rules=rules,
         num_labels=num_labels,
         num_bytes=sum(tensor.nbytes for tensor in stored.values()),
+        training_length=compared.max_length,
         tensors=sorter.tensors,
         copies=sorter.copies,
     )
@@ -116,7 +127,8 @@ def _read_tensors(content: bytes, problems: list[str]) -> dict[str, torch.Tensor
     try:
         return load_safetensors(content)
     except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        problems.append(f"{WEIGHTS} cannot be read ({error})")
+        reason = f"dtype {error}" if isinstance(error, KeyError) else error
+        problems.append(f"{WEIGHTS} cannot be read ({reason})")
         return None
 
 
@@ -128,9 +140,12 @@ def _base_problems(
     architecture = geometry.graphs[spec.task_type].architecture
     if spec.base_class not in (None, architecture):
         problems.append(f"it was trained on a {spec.base_class}, not {architecture}")
-    theirs = hub_id(spec.base)
-    if theirs and geometry.base_id and theirs != geometry.base_id:
-        problems.append(f"it was trained on the base {theirs}, not {geometry.base_id}")
+    theirs, ours = hub_id(spec.base), {geometry.base_id or "", *geometry.base_aliases} - {""}
+    if theirs and ours and theirs not in ours:
+        problems.append(
+            f"it was trained on the base {theirs}, not {geometry.base_id or min(ours)}; "
+            "if they are the same, name it in base_aliases"
+        )
     if rules.base_sha256 not in (None, base_sha256):
         problems.append(
             f"task.json: base_sha256 is {rules.base_sha256[:8]}…, "

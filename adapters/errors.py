@@ -6,7 +6,7 @@
     ├── AdapterChanged      its folder no longer holds the version that was asked for
     └── AdapterRefused      it cannot be served; carries every problem that was found
 
-Every argument goes to the base constructor untouched, so that the errors survive pickling.
+The base constructor gets what makes the same error again, so that they survive pickling.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+_MAX_PROBLEMS, _MAX_CHARACTERS = 64, 1000
 TASK_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -79,10 +80,21 @@ class AdapterRefused(AdapterError):
 
     def __init__(self, task: str, problems: Sequence[str]) -> None:
         """Collect every problem, so that one look is enough to mend them all."""
-        super().__init__(task, tuple(problems))
+        # Names out of broken files are as long as they like, and hold what they like.
+        told = tuple(_printable(problem) for problem in problems[:_MAX_PROBLEMS])
+        if len(problems) > _MAX_PROBLEMS:
+            told = (*told[:-1], f"and {len(problems) - _MAX_PROBLEMS + 1} problems more")
+        super().__init__(task, told)
         self.task = task
-        self.problems = tuple(problems)
+        self.problems = told
 
     def __str__(self) -> str:
         """All problems in one message."""
         return f"the adapter of task {self.task!r} was refused: {'; '.join(self.problems)}"
+
+
+def _printable(sentence: str) -> str:
+    """Cut a sentence that has no end, and escape what is no text: half a surrogate, a newline."""
+    if len(sentence) > _MAX_CHARACTERS:
+        sentence = sentence[: _MAX_CHARACTERS - 1] + "…"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence)

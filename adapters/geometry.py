@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
+
+from adapters.tokenizer import BaseTokenizer
 
 TaskType = Literal["SEQ_CLS", "TOKEN_CLS"]
 
@@ -71,6 +73,8 @@ class Geometry:
         max_rank: Largest LoRA rank that a slot can hold.
         max_labels: Largest number of labels that a slot can hold.
         max_positions: Longest input in tokens, None where positions have no end.
+        base_aliases: Other hub ids of the same base.
+        tokenizer: The base's, None where it has none and adapters' are not compared.
     """
 
     base_id: str | None
@@ -80,7 +84,9 @@ class Geometry:
     max_rank: int
     max_labels: int
     max_positions: int | None
-    embeddings: frozenset[str] = field(default=frozenset())
+    embeddings: frozenset[str] = frozenset()
+    base_aliases: frozenset[str] = frozenset()
+    tokenizer: BaseTokenizer | None = None
 
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

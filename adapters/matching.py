@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from reprlib import repr as shorten
+from typing import Any
 
+from adapters.pattern import fullmatch, match, pattern_problem
+
+MAX_NAMES = 10_000
 _FIRST_INDEX = r".*?\.[^.]*\.(?P<index>\d+)\."
 
 
@@ -34,7 +38,7 @@ class Matching:
         if _matches(path, self.exclude_modules):
             return False
         # A name here is a pattern too, and holds for whatever lies below it.
-        if any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save):
+        if any(match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save):
             return False
         if not _matches(path, self.target_modules):
             return False
@@ -44,7 +48,7 @@ class Matching:
     def _in_layers(self, path: str) -> bool:
         patterns = [rf"(?:^|.*?\.){name}\.(?P<index>\d+)\." for name in self.layers_pattern]
         for pattern in patterns or [_FIRST_INDEX]:
-            found = re.match(pattern, path)
+            found = match(pattern, path)
             if found is not None:
                 return int(found["index"]) in (self.layers_to_transform or ())
         return False
@@ -61,7 +65,7 @@ class Matching:
     def feeds_forward(self, path: str) -> bool:
         """Tell whether IA3 scales this target's input (`_check_target_module_feedforward`)."""
         if isinstance(self.feedforward_modules, str):
-            return re.fullmatch(self.feedforward_modules, path) is not None
+            return fullmatch(self.feedforward_modules, path)
         return any(path.endswith(name) for name in self.feedforward_modules)
 
 
@@ -69,13 +73,68 @@ def _matches(path: str, patterns: tuple[str, ...] | str) -> bool:
     if patterns == "all-linear":
         return True
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, path) is not None
+        return fullmatch(patterns, path)
     return any(path == name or path.endswith("." + name) for name in patterns)
 
 
 def pattern_value(patterns: Mapping[str, float], path: str, default: float) -> float:
     """Return `rank_pattern`'s or `alpha_pattern`'s value for a module (`get_pattern_key`)."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
+        if match(rf"(.*\.)?({pattern})$", path):
             return value
     return patterns.get(path, default)
+
+
+def read_matching(config: Mapping[str, Any], problems: list[str]) -> Matching:
+    """Read the keys of `adapter_config.json` that select modules; tell problems."""
+    targets = _names("target_modules", config.get("target_modules"), problems)
+    if not targets:
+        problems.append("target_modules names nothing")
+    saved, layers = config.get("modules_to_save"), config.get("layers_to_transform")
+    lists = config.get("layers_pattern")
+    indices = [layers] if isinstance(layers, int) else layers or []
+    if not isinstance(indices, list) or not all(type(index) is int for index in indices):
+        problems.append(f"layers_to_transform must be a list of indices, not {shorten(layers)}")
+        indices = []
+    return Matching(
+        target_modules=targets,
+        exclude_modules=_names("exclude_modules", config.get("exclude_modules"), problems),
+        feedforward_modules=_names(
+            "feedforward_modules", config.get("feedforward_modules"), problems
+        ),
+        modules_to_save=_patterns("modules_to_save", saved, problems),
+        layers_pattern=_patterns("layers_pattern", lists, problems),
+        layers_to_transform=tuple(indices) or None,
+    )
+
+
+def _names(key: str, value: Any, problems: list[str]) -> tuple[str, ...] | str:
+    """Return a list of names, or one regular expression, as PEFT takes them."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        check_pattern(key, value, problems)
+        return value
+    if isinstance(value, list) and len(value) > MAX_NAMES:
+        problems.append(f"{key} has {len(value)} names, over the limit of {MAX_NAMES}")
+        return ()
+    if isinstance(value, list) and all(isinstance(name, str) and name for name in value):
+        return tuple(value)
+    problems.append(f"{key} must be a list of names, not {shorten(value)}")
+    return ()
+
+
+def _patterns(key: str, value: Any, problems: list[str]) -> tuple[str, ...]:
+    """Return a list of names, or a single one, which PEFT also reads as patterns."""
+    names = _names(key, value, problems)
+    names = (names,) if isinstance(names, str) else names
+    for name in names:
+        check_pattern(key, name, problems)
+    return names
+
+
+def check_pattern(key: str, pattern: str, problems: list[str]) -> None:
+    """Tell a problem if a pattern is no regular expression, or one without an end."""
+    problem = pattern_problem(pattern)
+    if problem:
+        problems.append(f"{key} {problem}")

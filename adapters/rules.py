@@ -51,7 +51,9 @@ class Rules(BaseModel):
         "0.5, else any score will do."
     )  # fmt: skip
     max_length: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="Longest input in tokens, as in training. Else what the base can take."
+        None,
+        description="Longest input in tokens, as in training. Else where the folder's tokenizer "
+        "cut, else what the base can take.",
     )
     truncation: Truncation = Field(
         True, description="How a longer text is cut, as in training; false refuses it instead. "

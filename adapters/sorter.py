@@ -27,6 +27,7 @@ _PARTS = (
     (".weight", "weight"),
     (".bias", "bias"),
 )
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TRANSPOSED = ("lora_A", "lora_B")
 _SCALED = ("lora_B", "lora_bias")
 
@@ -69,8 +70,10 @@ class Sorter:
             self._unmatched.append(name)
             return
         self._seen.add(f"{path}.{part}")
-        if not tensor.is_floating_point():
+        if tensor.dtype not in _FLOATS:
             self.problems.append(f"{name} has dtype {tensor.dtype}, not a float")
+        elif not want:
+            return  # said already
         elif tuple(tensor.shape) != want:
             self._misshapen.append(f"{name} is {list(tensor.shape)}, not {list(want)}")
         else:
@@ -102,6 +105,8 @@ class Sorter:
         head = self.graph.heads.get(path)
         if head is not None and part in ("weight", "bias"):
             return self._head_shape(head, part, tensor)
+        if part in ("weight", "bias") and self._saved_whole(path):
+            return self._refuse_unserved(path, "saved_modules")
         if part == "weight":
             # PEFT saves whole embeddings too, where it takes them for resized or trained.
             return tuple(tensor.shape) if path in self.geometry.embeddings else None
@@ -116,11 +121,19 @@ class Sorter:
             return _stored_shape(part, self.spec, path, width, rows)
         site = self.geometry.sites.get(path)
         if site is None or site.kind == "shift":
-            problem = f"{path} is not served; add it to lora_targets"
-            if problem not in self.problems:
-                self.problems.append(problem)
-            return ()
+            return self._refuse_unserved(path, "lora_targets")
         return _stored_shape(part, self.spec, path, site.in_features, site.out_features)
+
+    def _saved_whole(self, path: str) -> bool:
+        """Tell whether the adapter was trained with a module of the encoder replaced."""
+        known = path in self.geometry.sites or path in self.geometry.linears
+        return known and self.spec.matching.saves(path)
+
+    def _refuse_unserved(self, path: str, key: str) -> tuple[int, ...]:
+        problem = f"{path} is not served; add it to {key}"
+        if problem not in self.problems:
+            self.problems.append(problem)
+        return ()
 
     def _targeted(self, path: str) -> bool:
         """Tell whether the adapter has LoRA or a vector on a module that this base has."""

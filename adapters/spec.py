@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from reprlib import repr as shorten
 from typing import Any, Literal
 
 from adapters.geometry import TaskType
-from adapters.matching import Matching, pattern_value
+from adapters.matching import MAX_NAMES, Matching, check_pattern, pattern_value, read_matching
 from adapters.rules import ProblemType, Rules, read_rules
 
 Method = Literal["lora", "dora", "ia3"]
@@ -31,6 +30,7 @@ _WITHOUT_EFFECT = {
     "qalora_group_size", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
     "init_ia3_weights", "loftq_config", "corda_config", "lora_ga_config", "runtime_config",
 }  # fmt: skip
+_MAX_KEYS = 1000
 _LARGEST = sys.float_info.max
 # Initialisations that leave the base as it is; the others change its weights at training.
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
@@ -120,6 +120,14 @@ def _read_object(
     if not isinstance(value, dict):
         problems.append(f"{name} must hold a JSON object")
         return None
+    if len(value) > _MAX_KEYS:
+        problems.append(f"{name} has {len(value)} keys, over the limit of {_MAX_KEYS}")
+        return None
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        problems.append(f"{name} holds what is no text, or parts too deep in each other")
+        return None
     return value
 
 
@@ -142,7 +150,7 @@ def _read_config(
         if problem:
             problems.append(problem)
     before = len(problems)  # what follows leaves nothing to go on with
-    matching = _read_matching(config, problems)
+    matching = read_matching(config, problems)
     ranks, alphas = _read_lora(config, problems) if peft_type == "LORA" else ({}, {})
     base = config.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
@@ -194,28 +202,6 @@ def _key_problem(key: str, value: Any) -> str | None:
     return f"{key}={told} is not served" if value else None
 
 
-def _read_matching(config: dict[str, Any], problems: list[str]) -> Matching:
-    targets = _names("target_modules", config.get("target_modules"), problems)
-    if not targets:
-        problems.append("target_modules names nothing")
-    saved, layers = config.get("modules_to_save"), config.get("layers_to_transform")
-    lists = config.get("layers_pattern")
-    indices = [layers] if isinstance(layers, int) else layers or []
-    if not isinstance(indices, list) or not all(type(index) is int for index in indices):
-        problems.append(f"layers_to_transform must be a list of indices, not {shorten(layers)}")
-        indices = []
-    return Matching(
-        target_modules=targets,
-        exclude_modules=_names("exclude_modules", config.get("exclude_modules"), problems),
-        feedforward_modules=_names(
-            "feedforward_modules", config.get("feedforward_modules"), problems
-        ),
-        modules_to_save=_patterns("modules_to_save", saved, problems),
-        layers_pattern=_patterns("layers_pattern", lists, problems),
-        layers_to_transform=tuple(indices) or None,
-    )
-
-
 def _read_lora(
     config: dict[str, Any], problems: list[str]
 ) -> tuple[dict[str, float], dict[str, float]]:
@@ -227,11 +213,14 @@ def _read_lora(
     patterns: list[dict[str, float]] = []
     for key, fits in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
         given = config.get(key) or {}
+        if isinstance(given, dict) and len(given) > MAX_NAMES:
+            problems.append(f"{key} has {len(given)} names, over the limit of {MAX_NAMES}")
+            given = {}
         if not isinstance(given, dict) or not all(fits(value) for value in given.values()):
             problems.append(f"{key} must map module names to numbers, not {shorten(given)}")
             given = {}
         for name in given:
-            _compiles(key, name, problems)
+            check_pattern(key, name, problems)
         patterns.append(given)
     return patterns[0], patterns[1]
 
@@ -243,35 +232,6 @@ def _is_rank(value: object) -> bool:
 def _is_number(value: object) -> bool:
     # "Not at most", so that NaN is refused too.
     return type(value) in (int, float) and abs(value) <= _LARGEST  # type: ignore[arg-type]
-
-
-def _compiles(key: str, pattern: str, problems: list[str]) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        problems.append(f"{key} is not a valid regular expression ({error})")
-
-
-def _names(key: str, value: Any, problems: list[str]) -> tuple[str, ...] | str:
-    """Return a list of names, or one regular expression, as PEFT takes them."""
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        _compiles(key, value, problems)
-        return value
-    if isinstance(value, list) and all(isinstance(name, str) and name for name in value):
-        return tuple(value)
-    problems.append(f"{key} must be a list of names, not {shorten(value)}")
-    return ()
-
-
-def _patterns(key: str, value: Any, problems: list[str]) -> tuple[str, ...]:
-    """Return a list of names, or a single one, which PEFT also reads as patterns."""
-    names = _names(key, value, problems)
-    names = (names,) if isinstance(names, str) else names
-    for name in names:
-        _compiles(key, name, problems)
-    return names
 
 
 def _read_labels(

@@ -1,20 +1,30 @@
 """Where adapters lie: a directory with one PEFT folder a task. No torch.
 
+Whoever writes the store may link within it; what a link has outside of it is never opened.
 A folder may change at any time, and may still be on its way in. So it is looked at (names, sizes
 and times) before it is read, and what was read is named by its content.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from stat import S_ISDIR, S_ISREG, S_ISSOCK
+from typing import Any, BinaryIO
 
-from adapters.errors import TASK_NAME, AdapterIncomplete, AdapterRefused, TaskNotFound
+from adapters.errors import (
+    TASK_NAME,
+    AdapterError,
+    AdapterIncomplete,
+    AdapterRefused,
+    TaskNotFound,
+)
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -29,7 +39,8 @@ TOKENIZER = (
 READ = (CONFIG, WEIGHTS, MODEL_CONFIG, RULES, *TOKENIZER)
 VERSIONED = frozenset((CONFIG, WEIGHTS, *TOKENIZER))
 
-MAX_JSON_BYTES = 64 * 2**20
+MAX_JSON_BYTES = 8 * 2**20  # parsed, JSON takes 30 times its size at worst
+MAX_TOKENIZER_BYTES = 64 * 2**20
 MAX_WEIGHTS_BYTES = 4 * 2**30
 
 
@@ -77,7 +88,8 @@ class Store:
         return sorted(
             entry.name
             for entry in self.root.iterdir()
-            if TASK_NAME.fullmatch(entry.name) and (entry / CONFIG).is_file()
+            # Unlike Path's, it is also False for a folder that we may not read.
+            if TASK_NAME.fullmatch(entry.name) and os.path.isfile(entry / CONFIG)
         )
 
     def look(self, task: str) -> Look:
@@ -85,17 +97,23 @@ class Store:
 
         Raises:
             TaskNotFound: The name is not a task's, or the folder has no adapter_config.json.
+            AdapterRefused: Something in it is no file, or lies outside the store.
         """
         folder = self._folder(task)
+        root, problems = self.root.resolve(), list[str]()
         entries, changed_s = [], 0.0
         for name in (*READ, PICKLE):
             try:
                 stat = (folder / name).stat()
             except OSError:
                 continue
+            if name != PICKLE:
+                problems += _place_problem(folder / name, stat.st_mode, root)
             entries.append((name, stat.st_size, stat.st_mtime_ns))
             # A copy that keeps the times of its files still moves the change time.
             changed_s = max(changed_s, stat.st_mtime, stat.st_ctime)
+        if problems:
+            raise AdapterRefused(task, problems)
         if not any(name == CONFIG for name, _, _ in entries):
             raise TaskNotFound(task)
         return Look(tuple(sorted(entries)), changed_s)
@@ -107,7 +125,7 @@ class Store:
             TaskNotFound: As `look`.
             AdapterIncomplete: The weights are not there yet, or not all of them; or a file cannot
                 be read.
-            AdapterRefused: The folder has only a pickle, or a file of absurd size.
+            AdapterRefused: As `look`; or the folder has only a pickle, or a file of absurd size.
         """
         folder = self._folder(task)
         before = self.look(task)
@@ -125,13 +143,13 @@ class Store:
         problems = [
             f"{name} has {size} bytes, over the limit of {limit}"
             for name, size in sizes.items()
-            if size > (limit := MAX_WEIGHTS_BYTES if name == WEIGHTS else MAX_JSON_BYTES)
+            if size > (limit := _limit(name))
         ]
         if problems:
             raise AdapterRefused(task, problems)
         try:
             _check_length(task, folder / WEIGHTS)
-            contents = {name: (folder / name).read_bytes() for name in READ if name in sizes}
+            contents = {name: _read(folder / name) for name in READ if name in sizes}
         except OSError as error:
             name = Path(error.filename or WEIGHTS).name
             raise AdapterIncomplete(task, f"{name} cannot be read ({error.strerror})") from None
@@ -152,11 +170,14 @@ class Store:
         """
         folder = self._folder(task)
         try:
-            config = json.loads((folder / CONFIG).read_bytes())
-            with (folder / WEIGHTS).open("rb") as file:
+            self.look(task)
+            config = json.loads(_read(folder / CONFIG))
+            with _open(folder / WEIGHTS) as file:
                 length = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(min(length, MAX_JSON_BYTES)))
             shapes = {n: h["shape"] for n, h in header.items() if n.endswith(tuple(names))}
+        except AdapterError:
+            return {}, {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return {}, {}
         return (config if isinstance(config, dict) else {}), shapes
@@ -167,10 +188,46 @@ class Store:
         return self.root / task
 
 
+def _place_problem(path: Path, mode: int, root: Path) -> list[str]:
+    """Say if a path that exists is no file (a pipe would never end), or leads out of the root."""
+    if not S_ISREG(mode):
+        return [f"{path.name} is a {_kind(mode)}, not a file"]
+    if path.resolve().is_relative_to(root):
+        return []
+    return [f"{path.name} is a link to outside of the store; copy it into the store"]
+
+
+def _limit(name: str) -> int:
+    """Return the most bytes that a file of this name may have."""
+    if name == WEIGHTS:
+        return MAX_WEIGHTS_BYTES
+    return MAX_TOKENIZER_BYTES if name in TOKENIZER else MAX_JSON_BYTES
+
+
+def _kind(mode: int) -> str:
+    return "folder" if S_ISDIR(mode) else "socket" if S_ISSOCK(mode) else "pipe or device"
+
+
+def _open(path: Path) -> BinaryIO:
+    """Open a file for reading, without waiting for anybody if it has just become a pipe."""
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115
+    if not S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    return file
+
+
+def _read(path: Path) -> bytes:
+    """Read a file whole, or of one that is over its limit just enough to see that."""
+    with _open(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        return file.read(min(size, _limit(path.name)) + 1)
+
+
 def _check_length(task: str, path: Path) -> None:
     """Compare a safetensors file's length with the one that its header declares."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with _open(path) as file:
+        size = os.fstat(file.fileno()).st_size
         head = file.read(8)
         length = int.from_bytes(head, "little")
         if len(head) < 8 or size < 8 + length <= MAX_JSON_BYTES:
@@ -181,6 +238,10 @@ def _check_length(task: str, path: Path) -> None:
         offsets = rb'"data_offsets"\s*:\s*\[\s*\d+\s*,\s*(\d{1,19})\s*\]'
         ends = re.findall(offsets, file.read(length))
     declared = 8 + length + max((int(end) for end in ends), default=0)
+    if declared > MAX_WEIGHTS_BYTES:
+        raise AdapterRefused(
+            task, [f"{WEIGHTS} declares {declared} bytes, over the limit of {MAX_WEIGHTS_BYTES}"]
+        )
     if size < declared:
         raise AdapterIncomplete(task, f"{WEIGHTS} has {size} of {declared} bytes")
 

@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from adapters.geometry import hub_id
 from deployments.base import BaseName
 
 Auto = Literal["auto"]
@@ -32,6 +33,10 @@ class Args(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     base_model: str = Field(description="A local folder, or a hub id `org/name@revision`.")
+    base_aliases: tuple[Name, ...] = Field(
+        (),
+        description="Hub ids that are the same base: adapters trained on them are served as well.",
+    )
     adapter_store: str = Field(description="A directory with one PEFT folder a task.")
     default_task: str | None = Field(
         None, description="The task that `POST /predict`, the inference guide's route, answers."
@@ -113,7 +118,15 @@ class Args(BaseModel):
             raise ValueError(f"adapter_store={value!r} is not a folder; make it, empty or not")
         return value
 
-    @field_validator("lora_targets", "saved_modules", mode="before")
+    @field_validator("base_aliases")
+    @classmethod
+    def _are_hub_ids(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if hub_id(name) != name:
+                raise ValueError(f"base_aliases: {name!r} is not a hub id (org/name)")
+        return value
+
+    @field_validator("base_aliases", "lora_targets", "saved_modules", mode="before")
     @classmethod
     def _split_names(cls, value: Any) -> Any:
         """The command line has no lists: `lora_targets=query,value`."""

@@ -65,7 +65,8 @@ def test_an_unknown_key_is_named_beside_those_that_exist() -> None:
         ("max_host_gib", -1), ("max_host_gib", "nan"), ("max_batch_rows", 0),
         ("max_batch_tokens", 0), ("max_batch_tokens", "all"), ("num_replicas", 0),
         ("max_replicas", 0), ("num_gpus", -0.5), ("num_gpus", "inf"), ("num_cpus", 0),
-        ("max_request_rows", 0), ("max_body_bytes", 10),
+        ("max_request_rows", 0), ("max_body_bytes", 10), ("base_aliases", "base"),
+        ("base_aliases", ["org/base@main"]), ("base_aliases", 5), ("base_aliases", "a/b,,c/d"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_named_by_its_key(key: str, value: Any) -> None:
@@ -113,6 +114,8 @@ def test_strings_from_the_command_line_are_read() -> None:
         adapter_slots=8, max_lora_rank=4, max_labels="auto", lora_targets=("query", "value"),
         max_bank_gib=0.5, max_batch_tokens=4096, num_gpus=0.25, max_replicas=3,
     )  # fmt: skip
+    assert args(base_aliases="a/b, c/d").base_aliases == ("a/b", "c/d")
+    assert args().base_aliases == ()
     assert args(lora_targets="auto").lora_targets == "auto"
     assert args(lora_targets="query").lora_targets == ("query",)
     assert args(lora_targets=["query", "value"]).lora_targets == ("query", "value")

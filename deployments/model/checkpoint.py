@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,14 +48,15 @@ class Checkpoint:
             BaseUnavailable: It cannot be had.
         """
         config = base_config(base)
+        _leave_heads_alone(config)
         models: dict[TaskType, PreTrainedModel] = {}
         missing: dict[TaskType, frozenset[str]] = {}
-        model, lacks = _load(AutoModelForSequenceClassification, base, dtype)
+        model, lacks = _load(AutoModelForSequenceClassification, base, config, dtype)
         models["SEQ_CLS"], missing["SEQ_CLS"] = model, lacks | _foreign(config, model)
         if type(config) in AutoModelForTokenClassification._model_mapping:
             model = on_meta(config, "TOKEN_CLS")
             if type(model).__name__ in (config.architectures or []):
-                model, lacks = _load(AutoModelForTokenClassification, base, dtype)
+                model, lacks = _load(AutoModelForTokenClassification, base, config, dtype)
             else:
                 lacks = frozenset(outside(model))
             models["TOKEN_CLS"], missing["TOKEN_CLS"] = model, lacks
@@ -105,6 +107,18 @@ def linears_of(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
 
 
+def _leave_heads_alone(config: PretrainedConfig) -> None:
+    """Keep heads out of the quantisation of a base that is quantised already."""
+    quantized = getattr(config, "quantization_config", None)
+    if isinstance(quantized, dict):
+        model = on_meta(config, "SEQ_CLS")
+        heads = [n for n, _ in model.named_children() if n != model.base_model_prefix]
+        skipped = quantized.get("llm_int8_skip_modules") or []
+        # Named from the encoder on if it was saved without a head.
+        inside = [f"{model.base_model_prefix}.{name}" for name in skipped]
+        quantized["llm_int8_skip_modules"] = [*skipped, *inside, *heads]
+
+
 def _foreign(config: PretrainedConfig, model: PreTrainedModel) -> frozenset[str]:
     """Return the head's parameters if the checkpoint was saved from another class.
 
@@ -114,7 +128,9 @@ def _foreign(config: PretrainedConfig, model: PreTrainedModel) -> frozenset[str]
     return frozenset() if type(model).__name__ in saved_from else frozenset(outside(model))
 
 
-def _load(auto: Any, base: BaseName, dtype: torch.dtype) -> tuple[PreTrainedModel, frozenset[str]]:
+def _load(
+    auto: Any, base: BaseName, config: PretrainedConfig, dtype: torch.dtype
+) -> tuple[PreTrainedModel, frozenset[str]]:
     """Load a class's weights; also return the parameters that the checkpoint does not bring."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # that the head is new is what is meant here
@@ -122,6 +138,7 @@ def _load(auto: Any, base: BaseName, dtype: torch.dtype) -> tuple[PreTrainedMode
         model, info = auto.from_pretrained(
             base.path,
             revision=base.revision,
+            config=copy.deepcopy(config),  # it becomes the model's, which changes it
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,

@@ -174,6 +174,7 @@ def _make_engine(args: Args, store: Store) -> Engine:
         max_labels=sizes.max_labels,
         lora_targets=sizes.lora_targets,
         saved_modules=sizes.saved_modules,
+        base_aliases=args.base_aliases,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,6 +13,7 @@ from deployments.base import BaseName
 from deployments.model.encoder import Encoder, Logits, default_dtype
 from deployments.model.quantize import choose
 from deployments.model.scores import to_predictions
+from deployments.model.vocabulary import base_tokenizer
 from deployments.rows import Prediction, Row
 
 
@@ -53,6 +54,7 @@ class Engine:
         lora_targets: Collection[str] | None = None,
         saved_modules: Collection[str] = (),
         dtype: torch.dtype | None = None,
+        base_aliases: Collection[str] = (),
     ) -> None:
         """Load the base once.
 
@@ -66,6 +68,7 @@ class Engine:
             lora_targets: Ends of module paths that adapters may target; None for all linears.
             saved_modules: Ends of the paths of modules before the head that adapters may bring.
             dtype: What base and LoRA compute in; None is bf16 on a GPU and fp32 on a CPU.
+            base_aliases: Hub ids that are the same base as `base_model`.
 
         Raises:
             BaseUnavailable: The base cannot be loaded or served.
@@ -84,6 +87,11 @@ class Engine:
             lora_targets=lora_targets,
             saved_modules=saved_modules,
         )
+        self.geometry = replace(
+            self.encoder.geometry,
+            base_aliases=frozenset(base_aliases),
+            tokenizer=base_tokenizer(self.encoder),
+        )
         config = self.encoder.config.get_text_config()
         self._num_ids: int = config.vocab_size
         self._pad_id: int = config.pad_token_id or 0
@@ -99,7 +107,7 @@ class Engine:
         # Only where it is compared: hashing a large base takes a minute.
         compared = b"base_sha256" in files.contents.get(RULES, b"")
         sha256 = self.encoder.sha256 if compared else None
-        artifact = read_artifact(files, self.encoder.geometry, sha256)
+        artifact = read_artifact(files, self.geometry, sha256)
         fields = self.encoder.deltas.fields(artifact)
         row = self.encoder.bank.pack(fields)
         return Loaded(artifact.without_tensors(), row, frozenset(fields))

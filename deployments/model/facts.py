@@ -11,14 +11,15 @@ def to_facts(artifact: Artifact, max_length: int) -> Facts:
     """Describe an adapter as plain data; max_length, in tokens, is the base's."""
     spec, rules = artifact.spec, artifact.rules
     of_tokens = artifact.problem_type == "token_classification"
-    max_length = min(rules.max_length or max_length, max_length)
     guessed = []
     if rules.labels is None and spec.labels is None:
         guessed.append("labels")
     if rules.problem_type is None and spec.problem_type is None and not of_tokens:
         guessed.append("problem_type")
-    if rules.max_length is None:
+    trained_length = rules.max_length or artifact.training_length
+    if trained_length is None:
         guessed.append("max_length")
+    max_length = min(trained_length or max_length, max_length)
     overflow = rules.overflow or ("refuse" if rules.truncation is False else "truncate")
     windows = overflow == "window"
     targets = spec.matching.target_modules

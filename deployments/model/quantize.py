@@ -50,6 +50,9 @@ def quantize(
 
     A linear that the checkpoint brings quantised stays as it is.
     """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            _stay_exact(module)
     if quantization == "none":
         return
     kinds = (nn.Linear, Conv1D)
@@ -100,9 +103,7 @@ def _bitsandbytes(linear: nn.Linear, quantization: Quantization, device: torch.d
             quant_type="nf4",
             module=new,
         )
-        # Its fused kernel for CPUs with AVX-512-BF16 rounds inputs and outputs to bf16 whatever
-        # compute_dtype says, so that padding moves an answer, and lets no gradient through.
-        new.support_avx512bf16_for_cpu = False
+        _stay_exact(new)
     else:
         new = bnb.nn.Linear8bitLt(**shape, has_fp16_weights=False, threshold=0.0)
         new.weight = bnb.nn.Int8Params(
@@ -110,6 +111,15 @@ def _bitsandbytes(linear: nn.Linear, quantization: Quantization, device: torch.d
         )
     new.bias = linear.bias
     return new.to(device).eval()
+
+
+def _stay_exact(linear4bit: nn.Module) -> None:
+    """Switch off a fused kernel that CPUs with AVX-512-BF16 have.
+
+    It rounds inputs and outputs to bf16 whatever compute_dtype says, so that padding moves an
+    answer, and lets no gradient through.
+    """
+    linear4bit.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 class Int8Linear(nn.Linear):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import zlib
+from pathlib import Path
 
 import orjson
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
-from deployments.base import BaseUnavailable
+from adapters.tokenizer import SETTINGS, BaseTokenizer
+from deployments.base import BaseName, BaseUnavailable
 from deployments.model.encoder import Encoder
 from deployments.tokens import Vocabulary
 
@@ -21,9 +24,37 @@ def export_vocabulary(encoder: Encoder) -> Vocabulary:
     Raises:
         BaseUnavailable: The base has no tokenizer, or none with a Rust backend.
     """
-    base = encoder.base
+    return _export(_load(encoder.base), encoder)
+
+
+def base_tokenizer(encoder: Encoder) -> BaseTokenizer | None:
+    """Return what adapters' tokenizers are compared with, None if the base has no tokenizer."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base.path, revision=base.revision)
+        tokenizer = _load(encoder.base)
+    except BaseUnavailable:
+        return None
+    vocabulary = _export(tokenizer, encoder)
+    path = cached_file(
+        encoder.base.path,
+        "tokenizer.json",
+        revision=encoder.base.revision,
+        _raise_exceptions_for_missing_entries=False,
+    )
+    known = {**tokenizer.init_kwargs, "split_special_tokens": tokenizer.split_special_tokens}
+    return BaseTokenizer(
+        vocabulary["backend"],
+        file=None if path is None else Path(path).read_text("utf-8"),
+        settings={key: known[key] for key in SETTINGS if key in known},
+        truncation_side=vocabulary["truncation_side"],
+        max_length=vocabulary["max_length"],
+    )
+
+
+def _load(base: BaseName) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            base.path, revision=base.revision
+        )
         backend = tokenizer.backend_tokenizer
     except (OSError, ValueError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -31,6 +62,11 @@ def export_vocabulary(encoder: Encoder) -> Vocabulary:
     # Where the files are missing, transformers 5 makes one of special tokens alone.
     if backend.get_vocab_size() <= 2 * len(tokenizer.all_special_ids):
         raise BaseUnavailable(f"base_model={str(base)!r} has no tokenizer; add its tokenizer.json")
+    return tokenizer
+
+
+def _export(tokenizer: PreTrainedTokenizerBase, encoder: Encoder) -> Vocabulary:
+    backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
     # A tokenizer without a limit says 1e30; a base without one (rotary positions) says nothing.

@@ -83,7 +83,10 @@ def test_the_problem_type_comes_from_the_rules_then_the_models_config_then_the_h
 def test_another_hub_base_is_refused(refused: Refused, config: Config, base: str) -> None:
     config["base_model_name_or_path"] = base
     (problem,) = refused()
-    assert problem == f"it was trained on the base {base.split('@')[0]}, not org/base"
+    assert problem == (
+        f"it was trained on the base {base.split('@')[0]}, not org/base; "
+        "if they are the same, name it in base_aliases"
+    )
 
 
 @pytest.mark.parametrize(

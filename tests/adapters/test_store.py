@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import pickle
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from adapters.errors import AdapterIncomplete, AdapterRefused, TaskNotFound
-from adapters.store import Store
+from adapters.store import Look, Store
 
 Write = Callable[..., Path]
 WEIGHTS = "adapter_model.safetensors"
@@ -196,21 +197,47 @@ def test_nothing_else_of_a_training_folder_is_ever_opened(
     assert set(files.contents) == {"adapter_config.json", WEIGHTS, "task.json", "tokenizer.json"}
 
 
-def test_linked_folders_and_files_are_served(write: Write, store: Store, tmp_path: Path) -> None:
-    folder = write()
-    real = tmp_path / "elsewhere"
-    folder.rename(real)
-    folder.symlink_to(real)
+def test_links_that_stay_in_the_store_are_served(
+    write: Write, store: Store, tmp_path: Path
+) -> None:
+    real = write("v1")
+    (store.root / "mood").symlink_to("v1")
     hub = store.root / "hub"  # as the Hugging Face cache lays its snapshots
     hub.mkdir()
     for name in ("adapter_config.json", WEIGHTS):
         (hub / name).symlink_to(real / name)
     (store.root / "dangling").symlink_to(tmp_path / "nowhere")
-    assert store.tasks() == ["hub", "mood"]
+    (store.root / "loop").symlink_to("loop")
+    assert store.tasks() == ["hub", "mood", "v1"]
     assert store.read("mood").version == store.read("hub").version
     assert [name for name, _, _ in store.look("mood").entries] == ["adapter_config.json", WEIGHTS]
-    with pytest.raises(TaskNotFound):
-        store.look("dangling")
+    for task in ("dangling", "loop"):
+        with pytest.raises(TaskNotFound):
+            store.look(task)
+    (tmp_path / "linked").symlink_to(store.root)  # the store itself may be a link
+    assert Store(tmp_path / "linked").read("hub").version == store.read("mood").version
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS, "tokenizer.json", None])
+def test_a_link_out_of_the_store_is_refused_unread_until_it_is_a_copy(
+    write: Write, store: Store, tmp_path: Path, opened: list[str], name: str | None
+) -> None:
+    folder = write(tokenizer__json={})
+    path = folder / name if name else folder
+    outside = tmp_path / "outside"
+    path.rename(outside)
+    path.symlink_to(outside)
+    opened.clear()
+    for call in (store.look, store.read):
+        with pytest.raises(AdapterRefused) as caught:
+            call("mood")
+        assert f"{name or WEIGHTS} is a link to outside of the store" in str(caught.value)
+    assert store.summary("mood", ["weight"]) == ({}, {})
+    assert not opened
+    assert store.tasks() == ["mood"]  # so that the listing says why
+    path.unlink()
+    outside.rename(path)
+    assert store.read("mood").version
 
 
 def test_a_link_turned_to_another_folder_is_seen(
@@ -301,9 +328,71 @@ def test_a_file_that_goes_away_while_it_is_read_is_no_crash(
         store.read("mood")
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, "tokenizer.json"])
-def test_a_directory_in_a_files_place_is_no_crash(write: Write, store: Store, name: str) -> None:
+MAKE = {
+    "folder": Path.mkdir,
+    "pipe or device": os.mkfifo,
+    "socket": lambda path: socket.socket(socket.AF_UNIX).bind(os.path.relpath(path)),
+}
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS, "tokenizer.json"])
+@pytest.mark.parametrize("kind", MAKE)
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+def test_what_is_no_file_is_refused_and_not_waited_for(
+    write: Write, store: Store, kind: str, name: str
+) -> None:
     folder = write(**{name: None})
-    (folder / name).mkdir()
-    with pytest.raises(AdapterIncomplete, match=name):
+    (folder / name).unlink(missing_ok=True)
+    MAKE[kind](folder / name)
+    for call in (store.look, store.read):
+        with pytest.raises(AdapterRefused) as caught:
+            call("mood")
+        assert caught.value.problems == (f"{name} is a {kind}, not a file",)
+    assert store.summary("mood", ["weight"]) == ({}, {})
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS])
+def test_a_file_that_becomes_a_pipe_while_it_is_read_is_not_waited_for(
+    write: Write, store: Store, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = write()
+    look = store.look("mood")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    monkeypatch.setattr(store, "look", lambda task: look)  # it was a file a moment ago
+    with pytest.raises(AdapterIncomplete, match="it is no file"):
+        store.read("mood")
+    assert store.summary("mood", ["weight"]) == ({}, {})
+
+
+def test_a_file_that_grows_while_it_is_read_is_not_read_without_end(
+    write: Write, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tokenizer__json=b"{}") / "tokenizer.json"
+    look = store.look
+    looks: list[int] = []
+
+    def look_and_grow(task: str) -> Look:
+        before = look(task)
+        if not looks:
+            with path.open("ab") as file:
+                file.truncate(2**35)  # sparse: it takes no room
+        looks.append(len(looks))
+        return before
+
+    monkeypatch.setattr(store, "look", look_and_grow)
+    with pytest.raises(AdapterIncomplete, match="changed while it was read"):
+        store.read("mood")
+
+
+def test_a_summary_opens_no_config_of_absurd_size(write: Write, store: Store) -> None:
+    with (write() / "adapter_config.json").open("ab") as file:
+        file.truncate(2**35)
+    assert store.summary("mood", ["weight"]) == ({}, {})
+
+
+def test_weights_that_declare_an_absurd_size_are_refused(write: Write, store: Store) -> None:
+    header = b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,1152921504606846976]}}'
+    write(adapter_model__safetensors=len(header).to_bytes(8, "little") + header)
+    with pytest.raises(AdapterRefused, match="declares 1152921504606847056 bytes, over the limit"):
         store.read("mood")

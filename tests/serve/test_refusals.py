@@ -1,6 +1,7 @@
 """Adapters that cannot be served are refused by name, and nothing else is affected."""
 
 import json
+import os
 import pickle
 import shutil
 import time
@@ -13,6 +14,7 @@ import httpx2
 import pytest
 
 TASKS = ("aspects", "sentiment", "spam", "topic")
+BASE = Path(__file__).parents[2] / "examples" / "base"
 WEIGHTS = "adapter_model.safetensors"
 TEXTS = ["I absolutely loved this product!"]
 HEAD = "base_model.model.classifier.weight"
@@ -32,6 +34,14 @@ SAID = {
     "unknown-rule": ["task.json", "temperature", "not a known rule"],
     "many": ["base_sha256", "match nothing", "layer.99", "no head weights"],
     "config-and-files": ["use_dora=True", "base_sha256", "layer.99", "no head weights"],
+    "pipe": [f"{WEIGHTS} is a pipe or device, not a file"],
+    "linked-out": ["tokenizer.json is a link to outside of the store"],
+    "endless-pattern": ["does not come to an end"],
+    "absurd-rank": ["rank 1000000000 is over max_lora_rank=16"],
+    "absurd-header": [f"header of {2**60} bytes"],
+    "deep-config": ["adapter_config.json is not valid JSON"],
+    "half-a-pair": ["task.json holds what is no text"],
+    "other-tokenizer": ["tokenizer.json is not the base's (normalizer)"],
 }
 
 
@@ -68,6 +78,19 @@ def add_stray(tensors: dict[str, Any]) -> None:
 
 def spoil_head(tensors: dict[str, Any]) -> None:
     tensors[HEAD][0, 0] = float("nan")
+
+
+def nasty(folders: dict[str, Path]) -> None:
+    """Breaks folders in ways that might hold up, or end, whoever reads them."""
+    endless = "(?:(?:[a-z]|[a-z.0-9])+)+[A-Z]"
+    edit_json(folders["endless-pattern"] / "adapter_config.json", target_modules=endless)
+    edit_json(folders["absurd-rank"] / "adapter_config.json", r=10**9)
+    (folders["absurd-header"] / WEIGHTS).write_bytes((2**60).to_bytes(8, "little"))
+    (folders["deep-config"] / "adapter_config.json").write_bytes(b"[" * 100_000)
+    edit_json(folders["half-a-pair"] / "task.json", labels=["ham", "\ud800"])
+    tokenizer = json.loads((BASE / "tokenizer.json").read_text())
+    tokenizer["normalizer"]["lowercase"] = False
+    (folders["other-tokenizer"] / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +132,12 @@ def refused(app: Any, make_adapter: Any, tmp_path_factory: Any) -> Iterator[Path
         edit_tensors(folders[name], drop_head)
         edit_tensors(folders[name], add_stray)
     edit_json(folders["config-and-files"] / "adapter_config.json", use_dora=True)
+    nasty(folders)
     for name, folder in folders.items():
         shutil.copytree(folder, app.store / name)
+    (app.store / "pipe" / WEIGHTS).unlink()
+    os.mkfifo(app.store / "pipe" / WEIGHTS)
+    (app.store / "linked-out" / "tokenizer.json").symlink_to(BASE / "tokenizer.json")
     yield marker
     for name in SAID:
         shutil.rmtree(app.store / name)
