@@ -12,10 +12,14 @@ from torch import nn
 
 from adapters.errors import AdapterRefused
 from adapters.store import Store
+from deployments.base import BaseName
+from deployments.config import Args
 from deployments.model.engine import Engine
 from deployments.model.quantize import Int8Linear
+from deployments.model.sizing import choose_sizes
 from deployments.rows import Row, Tokens
 from tests.parity.bases import FIRST_PLAIN_ID, VOCAB, Base
+from tests.parity.variants import Variant
 
 LENGTHS = (1, 5, 12, 23)
 WIDTHS = (max(LENGTHS), 39)  # tight, and wider by what is no multiple of a vector register
@@ -31,27 +35,35 @@ class Board:
         slots: Slot of each adapter that it took.
         refused: What it said to each of the others.
         rows: The mixed batch, the adapters taking turns.
-        answers: Width -> logits [rows, max_labels], and the inputs of every quantised linear.
+        answers: Width -> each row's logits, [max_labels] or [width, max_labels], and the inputs of
+            every quantised linear.
     """
 
     engine: Engine
     slots: dict[str, int] = field(default_factory=dict)
     refused: dict[str, AdapterRefused] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
-    answers: dict[int, tuple[torch.Tensor, Inputs]] = field(default_factory=dict)
+    answers: dict[int, tuple[list[torch.Tensor], Inputs]] = field(default_factory=dict)
 
     @classmethod
     def play(
-        cls, base: Base, folder: str, quantization: str, store: Store, tasks: Sequence[str]
+        cls, base: Base, folder: str, quantization: str, store: Store, variants: Sequence[Variant]
     ) -> Board:
         """Read every adapter, and answer rows of all that were taken in one forward a width."""
+        tasks = [variant.name for variant in variants]
+        token_tasks = {variant.name for variant in variants if variant.task == "token"}
+        args = Args(base_model=folder, adapter_store=str(store.root), quantization=quantization)
+        # As at a start: what the store's adapters need is found in their files.
+        sizes = choose_sizes(args, BaseName.parse(folder), store, torch.float32)
         engine = Engine(
             folder,
             quantization=quantization,
             device="cpu",
             adapter_slots=len(tasks),
-            max_lora_rank=16,
-            max_labels=6,
+            max_lora_rank=sizes.max_lora_rank,
+            max_labels=sizes.max_labels,
+            lora_targets=sizes.lora_targets,
+            saved_modules=sizes.saved_modules,
         )
         board = cls(engine)
         for slot, task in enumerate(tasks, start=1):
@@ -67,7 +79,13 @@ class Board:
             for width in WIDTHS:
                 inputs: Inputs = {}
                 with torch.inference_mode(), recorded(quantized(engine), inputs):
-                    board.answers[width] = engine.logits(board.rows, width), inputs
+                    logits = engine.forward(board.rows, width)
+                whose = {slot: task for task, slot in board.slots.items()}
+                kinds = [iter(()) if part is None else iter(part) for part in logits]
+                board.answers[width] = (
+                    [next(kinds[whose[row.slot] in token_tasks]) for row in board.rows],
+                    inputs,
+                )
         return board
 
     def places(self, task: str) -> list[int]:

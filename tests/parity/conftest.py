@@ -77,8 +77,8 @@ def board_of(
         spare = [cell for cell in cells if cell not in asked and cell.is_right]
         missing = max(0, FEWEST - sum(cell.is_right for cell in chosen))
         variants = [cell.variant for cell in (*chosen, *spare[:missing])]
-        tasks = [v.name for v in variants if isinstance(made(base, v), Made)]
-        return Board.play(base, base_folder(base, form), quantization, store_of(base), tasks)
+        saved = [v for v in variants if isinstance(made(base, v), Made)]
+        return Board.play(base, base_folder(base, form), quantization, store_of(base), saved)
 
     return lambda cell: play(cell.base, cell.quantization, cell.variant.form)
 

@@ -25,30 +25,35 @@ class Oracle:
 
     Attributes:
         linears: Those copies, by path.
+        of_tokens: Whether it classifies tokens.
     """
 
     peft: PeftModel
     linears: dict[str, nn.Module]
+    of_tokens: bool
 
     @classmethod
     def over(cls, folder: str, variant: Variant, made: Made, engine: Engine) -> Oracle:
         model = load(folder, variant, made.num_labels)
         linears: dict[str, nn.Module] = {}
         if engine.quantization != "none":
+            there = {path for path, _ in model.named_modules()}  # for tokens, without a pooler
             for path, linear in quantized(engine).items():
-                if path not in made.saved:  # in fp32, for this adapter
+                if path in there - made.saved:  # what was saved is in fp32, for this adapter
                     # A copy: an adapter that brings biases would load them into the engine's.
                     linears[path] = copy.deepcopy(linear)
                     model.set_submodule(path, linears[path])
             # Attention's last bits decide how int8 rounds; without quantisation they may differ.
             model.set_attn_implementation(engine.encoder.config._attn_implementation)
-        return cls(reload(model, made), linears)
+        return cls(reload(model, made), linears, variant.task == "token")
 
     def ask(self, rows: Sequence[Row], width: int) -> torch.Tensor:
-        """Logits [rows, labels] of rows padded right to a width."""
+        """Logits [rows, labels], or [rows, width, labels], of rows padded right to a width."""
         config = self.peft.config
         if config.pad_token_id is None:
-            if not self.linears:  # transformers takes one row at a time, and no padding
+            if (
+                not self.linears and not self.of_tokens
+            ):  # transformers takes one row at a time, and no padding
                 return torch.cat([self._ask([row], row.num_tokens, 0) for row in rows])
             config.pad_token_id = 0  # no row has it
         return self._ask(rows, width, config.pad_token_id)

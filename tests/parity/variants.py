@@ -157,7 +157,11 @@ DORAS = (
     Variant("dora", lora(use_dora=True)),
     Variant("dora-rslora-all-linear", lora(r=5, use_dora=True, use_rslora=True, **ALL_LINEAR)),
     Variant("dora-patterns", lora(_patterns, use_dora=True)),
-    Variant("dora-embedding", lora(also("embedding"), use_dora=True)),
+    Variant(
+        "dora-embedding",
+        lora(also("embedding"), use_dora=True),
+        want=Refused("only LoRA is served"),
+    ),
     Variant("dora-bias-all", lora(use_dora=True, bias="all")),
 )
 IA3S = (
@@ -195,5 +199,8 @@ OTHERS = tuple(
     Variant(method.name, method.config, want=method.want, unlike=method.unlike)
     for method in METHODS
 )
-VARIANTS = (*LORAS, *DORAS, *IA3S, *TRAINED, *INITS, *OTHERS)
-TOKENS = (Variant("token-lora", lora(task="TOKEN_CLS"), task="token"),)
+TOKENS = (
+    Variant("token-lora", lora(task="TOKEN_CLS"), task="token"),
+    Variant("token-dora", lora(task="TOKEN_CLS", use_dora=True), task="token"),
+)
+VARIANTS = (*LORAS, *DORAS, *IA3S, *TRAINED, *INITS, *TOKENS, *OTHERS)
