@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -98,6 +97,9 @@ class Deltas:
         """Return a linear's weight as its product sees it, [out, in], fp32, CPU."""
         module = self.modules[path]
         if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
+            # Imported here: PEFT brings bitsandbytes, which looks for GPUs.
+            from peft.utils.integrations import dequantize_module_weight
+
             return dequantize_module_weight(module).detach().float().cpu()
         weight: torch.Tensor = module.weight.detach().float().cpu()  # type: ignore[operator]
         return weight.t() if isinstance(module, Conv1D) else weight

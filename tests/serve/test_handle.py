@@ -118,12 +118,12 @@ def test_half_a_surrogate_pair_is_replaced_and_the_result_says_so(handle: Any) -
 def test_an_adapter_that_cannot_be_served_is_a_runtime_error(handle: Any, app: Any) -> None:
     folder = app.store / "handle-broken"
     folder.mkdir()
-    (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    (folder / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
     (folder / "adapter_model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     error = failure(lambda: handle.predict.remote("handle-broken", TEXTS).result(timeout_s=60))
     assert type(error) is RuntimeError
     assert "'handle-broken' was refused" in str(error)
-    assert "'IA3' is not served" in str(error)
+    assert "'LOHA' is not served" in str(error)
 
 
 @pytest.mark.parametrize("throughput", ["0", "1"])

@@ -30,10 +30,10 @@ SAID = {
     "stray": ["match nothing", "layer.99"],
     "too-large": ["rank 20", "max_lora_rank=16", "40 labels", "max_labels=16"],
     "not-finite": ["classifier.weight", "NaN"],
-    "other-method": ["'IA3'", "only LORA"],
+    "other-method": ["'LOHA'", "LORA (with DoRA) and IA3 are"],
     "unknown-rule": ["task.json", "temperature", "not a known rule"],
     "many": ["base_sha256", "match nothing", "layer.99", "no head weights"],
-    "config-and-files": ["use_dora=True", "base_sha256", "layer.99", "no head weights"],
+    "config-and-files": ["use_qalora=True", "base_sha256", "layer.99", "no head weights"],
     "pipe": [f"{WEIGHTS} is a pipe or device, not a file"],
     "linked-out": ["tokenizer.json is a link to outside of the store"],
     "endless-pattern": ["does not come to an end"],
@@ -125,13 +125,13 @@ def refused(app: Any, make_adapter: Any, tmp_path_factory: Any) -> Iterator[Path
     (folders["only-pickle"] / "adapter_model.bin").write_bytes(pickle.dumps(Explodes(marker)))
     edit_tensors(folders["stray"], add_stray)
     edit_tensors(folders["not-finite"], spoil_head)
-    edit_json(folders["other-method"] / "adapter_config.json", peft_type="IA3")
+    edit_json(folders["other-method"] / "adapter_config.json", peft_type="LOHA")
     edit_json(folders["unknown-rule"] / "task.json", temperature=2)
     for name in ("many", "config-and-files"):
         edit_json(folders[name] / "task.json", base_sha256="0" * 64)
         edit_tensors(folders[name], drop_head)
         edit_tensors(folders[name], add_stray)
-    edit_json(folders["config-and-files"] / "adapter_config.json", use_dora=True)
+    edit_json(folders["config-and-files"] / "adapter_config.json", use_qalora=True)
     nasty(folders)
     for name, folder in folders.items():
         shutil.copytree(folder, app.store / name)

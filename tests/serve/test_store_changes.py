@@ -1,7 +1,6 @@
 """Folders come, change and go while the server runs."""
 
 import json
-import os
 import random
 import shutil
 import statistics
@@ -17,6 +16,7 @@ import pytest
 TASKS = ("aspects", "sentiment", "spam", "topic")
 WEIGHTS = "adapter_model.safetensors"
 TEXTS = ["I absolutely loved this product!", "You have won a prize, call now."]
+SWOLLEN_BYTES = 2**26  # larger than LoRA on all linears of a base of 400 million is
 SOON_S = 10.0  # a folder is looked at every second; the rest is for busy machines
 
 
@@ -65,52 +65,51 @@ def test_a_folder_copied_in_is_served_on_its_first_request(
     assert close(probabilities(answer), oracle.scores(made, TEXTS))
 
 
-def test_others_are_answered_as_fast_as_ever_while_a_folder_loads(
+def test_others_are_answered_as_fast_as_ever_while_folders_load(
     app: Any, http: httpx2.Client, ask: Any, place: Any
 ) -> None:
-    folder = place("loading")
-    shutil.copytree(app.store / "spam", folder)
-    rules = (folder / "task.json").read_bytes()
-    (folder / "task.json").unlink()
-    os.mkfifo(folder / "task.json")  # whoever reads it waits until somebody has written
-    made = os.stat(folder / "task.json")
+    names = [f"loading-{index}" for index in range(8)]
+    for name in names:
+        shutil.copytree(app.store / "spam", place(name))
+        swell(app.store / name / WEIGHTS, SWOLLEN_BYTES)
 
-    def seconds_of(num_requests: int) -> list[float]:
-        taken_s = []
-        for index in range(num_requests):
+    def seconds_until(enough: Callable[[int], bool]) -> list[float]:
+        taken_s: list[float] = []
+        while not enough(len(taken_s)):
             started_s = time.perf_counter()
-            ask(TASKS[index % len(TASKS)], TEXTS)
+            ask(TASKS[len(taken_s) % len(TASKS)], TEXTS)
             taken_s.append(time.perf_counter() - started_s)
         return taken_s
 
-    seconds_of(8)
-    before_s = seconds_of(40)
+    seconds_until(lambda count: count == 8)
+    before_s = seconds_until(lambda count: count == 40)
     with ThreadPoolExecutor(1) as pool:
-        newcomer = pool.submit(post, http, "loading")
-        pipe = open_to_write(folder / "task.json")  # the load is under way from here on
-        try:
-            during_s = seconds_of(40)
-            assert not newcomer.done()
-        finally:
-            os.write(pipe, rules)
-            # A folder that changes while it is read counts as still being copied.
-            os.utime(folder / "task.json", ns=(made.st_atime_ns, made.st_mtime_ns))
-            os.close(pipe)
-        assert newcomer.result().status_code == 200
-    assert probabilities(newcomer.result().json()) == probabilities(ask("spam", TEXTS))
+        loads = [pool.submit(post, http, name) for name in names]
+        during_s = seconds_until(lambda _: loads[-1].done())
+    for load in loads:
+        assert load.result().status_code == 200
+        assert probabilities(load.result().json()) == probabilities(ask("spam", TEXTS))
+    assert len(during_s) > 10
+    print(f"longest {max(during_s):.3f} s of {sum(during_s):.1f} s, before {max(before_s):.3f} s")
     assert statistics.median(during_s) < 3 * statistics.median(before_s) + 0.05
-    assert max(during_s) < 3 * max(before_s) + 0.1
+    assert max(during_s) < 3 * max(before_s) + 0.2
 
 
-def open_to_write(pipe: Path) -> int:
-    """Opens a named pipe as soon as somebody reads it, and fails if nobody does."""
-    until_s = time.monotonic() + SOON_S
-    while True:
-        try:
-            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:
-            assert time.monotonic() < until_s, "nobody reads the folder"
-            time.sleep(0.01)
+def swell(file: Path, num_bytes: int) -> None:
+    """Adds a long tensor that PEFT may store and nobody reads, so that the file takes a while."""
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    header["base_model.model.classifier.original_module.weight"] = {
+        "dtype": "F32",
+        "shape": [num_bytes // 4],
+        "data_offsets": [len(data), len(data) + num_bytes],
+    }
+    start = json.dumps(header).encode()
+    start += b" " * (-len(start) % 8)
+    with file.open("wb") as swollen:
+        swollen.write(len(start).to_bytes(8, "little") + start + data)
+        swollen.truncate(swollen.tell() + num_bytes)
 
 
 def test_a_folder_on_its_way_in_is_neither_served_nor_remembered_as_failed(
