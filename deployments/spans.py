@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import tokenizers
@@ -31,26 +32,34 @@ class Spans:
 
     def __init__(self, backend: tokenizers.Tokenizer, unk_id: int | None) -> None:
         """Take the Rust tokenizer, and the id of what its vocabulary lacks."""
+        self._backend = backend
         self._marks_subwords = bool(getattr(backend.model, "continuing_subword_prefix", None))
         self._unk_id = unk_id
 
-    def of(self, text: str, encoding: tokenizers.Encoding) -> list[Span | None]:
-        """Return the span of each token, None for a special token that the template added."""
-        return [
-            None if special else Span(start, end, self._subword(text, start, end, token, id_))
-            for (start, end), token, id_, special in zip(
-                encoding.offsets,
-                encoding.tokens,
-                encoding.ids,
-                encoding.special_tokens_mask,
-                strict=True,
-            )
-        ]
+    def of(
+        self, text: str, encoding: tokenizers.Encoding, ids: Sequence[int], kept: Iterable[int]
+    ) -> list[Span | None]:
+        """Return the spans of the tokens at some indices, None for the template's special tokens.
 
-    def _subword(self, text: str, start: int, end: int, token: str, id_: int) -> bool:
+        One by one: `encoding.offsets` would make a tuple for each of a million tokens to be cut.
+
+        Args:
+            text: What was encoded.
+            encoding: Its tokens.
+            ids: Their ids.
+            kept: Indices of the tokens that are asked for.
+        """
+        spans: list[Span | None] = []
+        for index in kept:
+            place = encoding.token_to_chars(index)
+            spans.append(place and Span(*place, self._subword(text, *place, ids[index])))
+        return spans
+
+    def _subword(self, text: str, start: int, end: int, id_: int) -> bool:
         if id_ == self._unk_id:
             return False
         if self._marks_subwords:
+            token = self._backend.id_to_token(id_) or ""
             return len(token) != len(text[start:end])
         # Such a tokenizer says nothing of words: what stands behind no blank goes on with one.
         return start > 0 and " " not in text[start - 1 : start + 1]

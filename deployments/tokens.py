@@ -6,7 +6,8 @@ AutoTokenizer would bring torch into the ingress.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, TypedDict
 
 import tokenizers
@@ -44,7 +45,7 @@ class Encoded(NamedTuple):
         tokens: What the base reads.
         num_tokens: Tokens of the whole input, before anything was cut.
         spans: Where each token stands in the text, None for a special token; None altogether
-            where nobody asked.
+            where nobody asked, or where the input was left longer than it may be.
         first: Place, among the text's tokens, of the first that this window has.
     """
 
@@ -65,7 +66,7 @@ class _Whole(NamedTuple):
     encoding: tokenizers.Encoding
     ids: list[int]
     type_ids: list[int] | None
-    spans: list[Span | None] | None
+    locate: Callable[[Sequence[int]], list[Span | None]] | None
 
     def sequences(self) -> list[int | None]:
         """Return for each token its text, 0 or 1, or None for a special token."""
@@ -82,7 +83,7 @@ class _Whole(NamedTuple):
                 segments if segments and any(segments) else None,
             ),
             len(self.ids),
-            None if self.spans is None else [self.spans[index] for index in kept],
+            None if self.locate is None else self.locate(kept),
             first,
         )
 
@@ -123,6 +124,8 @@ class Tokenizer:
             kept: Iterable[int] = range(len(whole.ids))
             if strategy is not None and len(whole.ids) > max_length:
                 kept = self._kept(whole.sequences(), max_length, strategy)
+            elif len(whole.ids) > max_length:
+                whole = whole._replace(locate=None)  # to be refused, however many they are
             results.append(whole.part(kept))
         return results
 
@@ -157,8 +160,9 @@ class Tokenizer:
         """
         results: list[list[Encoded]] = []
         for whole in self._read(inputs, spans):
-            windows = [whole.part(range(len(whole.ids)))]
-            if len(whole.ids) > max_length:
+            if len(whole.ids) <= max_length:
+                windows = [whole.part(range(len(whole.ids)))]
+            else:
                 text, room = _window(whole.sequences(), max_length, stride, strategy)
                 # Counted before they are made: a stride near the room would make many of few.
                 if 1 - (room - len(text)) // (room - stride) > max_windows:
@@ -174,9 +178,11 @@ class Tokenizer:
         # The fast way leaves out the offsets.
         encode = self._backend.encode_batch if spans else self._backend.encode_batch_fast
         for given, encoding in zip(inputs, encode(inputs), strict=True):
-            located = self._spans.of(given, encoding) if spans and isinstance(given, str) else None
-            type_ids = encoding.type_ids if self._type_ids else None
-            yield _Whole(encoding, encoding.ids, type_ids, located)
+            ids, type_ids = encoding.ids, encoding.type_ids if self._type_ids else None
+            locate = None
+            if spans and isinstance(given, str):
+                locate = partial(self._spans.of, given, encoding, ids)
+            yield _Whole(encoding, ids, type_ids, locate)
 
     def _windows(self, whole: _Whole, text: range, room: int, stride: int) -> Iterator[Encoded]:
         """Yield windows of `room` tokens of `text`, from the end that a cut would keep."""

@@ -274,10 +274,10 @@ def test_windows_of_any_text_and_pair_are_autotokenizer_s(
 def test_no_token_is_left_out_of_all_windows(pair: Both, stride: int) -> None:
     for text in LONG:
         (whole,) = pair.ours.encode([text], 10**6, spans=True)
+        assert whole.spans is not None
         (windows,) = pair.ours.windows(
             [text], 16, stride, "longest_first", max_windows=9999, spans=True
         ) or [[]]
-        assert whole.spans is not None
         spans = [span for span in whole.spans if span is not None]
         seen = {}
         for window in windows:
@@ -314,6 +314,12 @@ def test_spans_are_those_of_autotokenizer(pair: Both, max_length: int) -> None:
         assert [span and span[:2] for span in encoded.spans or []] == [
             None if special else tuple(offsets) for offsets, special in expected
         ]
+
+
+def test_what_is_too_long_to_be_read_is_not_located(made: Callable[[str], Both]) -> None:
+    ours = made("example").ours
+    (long,) = ours.encode(["word " * 20], 16, None, spans=True)
+    assert (long.num_tokens, long.spans) == (22, None)
 
 
 def test_eight_threads_at_once_get_what_one_alone_gets(pair: Both) -> None:

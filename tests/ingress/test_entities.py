@@ -9,6 +9,8 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -207,3 +209,19 @@ def test_a_long_text_s_entities_are_those_of_its_tokens_whatever_the_window() ->
             stitch([whole], [[nothing, *scores, nothing]]), labels, aggregation
         )
         assert find_entities(stitch(windows, parts), labels, aggregation) == expected
+
+
+@given(st.text(max_size=60), st.sampled_from(["bert", "byte level"]), st.integers(0, 99))
+@settings(max_examples=60)
+@pytest.mark.filterwarnings("ignore:Tokenizer does not support real words")
+def test_words_of_any_text_are_the_pipeline_s(text: str, kind: str, seed: int) -> None:
+    labels = SCHEMES["bio"]
+    oracle, ours = pipeline(kind, labels), both(kind).ours
+    (encoded,) = ours.encode([text], 512, spans=True)
+    chance = torch.Generator().manual_seed(seed)
+    oracle.told = torch.randn((1, len(encoded.tokens.ids), len(labels)), generator=chance)
+    expected = oracle(text, aggregation_strategy="first", ignore_labels=["O"])
+    pieces = stitch([encoded], [oracle.told[0].softmax(1).tolist()])
+    assert [(e.label, e.start, e.end) for e in find_entities(pieces, labels, "first")] == [
+        (e["entity_group"], e["start"], e["end"]) for e in expected
+    ]
