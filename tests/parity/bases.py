@@ -6,6 +6,7 @@ calls `head`) is missing as in any pretrained checkpoint; and trained, with a he
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ class Base:
         embedding: The token embeddings.
         layers: Module list that holds the layers.
         logits: Path of the linear whose outputs are the logits.
-        head: What an adapter of the bare base must bring besides what PEFT saves by itself.
+        head: What an adapter of the bare base must bring besides `classifier` or `score`, which
+            PEFT saves by itself.
         pooler: Path of a pooler inside the base, if it has one that the head reads.
         bare: Arguments of the base model class, for the bare form.
         segments: Whether it reads token type ids.
@@ -98,7 +100,7 @@ class Base:
 
     def save(self, form: str, folder: Path) -> str:
         """Save the random base of a form, the same at every call."""
-        torch.manual_seed(sum(map(ord, self.name)))
+        torch.manual_seed(zlib.crc32(self.name.encode()))
         if form == "bare":
             model = AutoModel.from_config(self.make_config(), **self.bare)
         else:

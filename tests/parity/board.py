@@ -12,17 +12,14 @@ from torch import nn
 
 from adapters.errors import AdapterRefused
 from adapters.store import Store
-from deployments.base import BaseName
-from deployments.config import Args
 from deployments.model.engine import Engine
 from deployments.model.quantize import Int8Linear
-from deployments.model.sizing import choose_sizes
 from deployments.rows import Row, Tokens
 from tests.parity.bases import FIRST_PLAIN_ID, VOCAB, Base
-from tests.parity.variants import Variant
 
 LENGTHS = (1, 5, 12, 23)
 WIDTHS = (max(LENGTHS), 39)  # tight, and wider by what is no multiple of a vector register
+MAX_LABELS = 6
 
 Inputs = dict[str, list[torch.Tensor]]
 
@@ -35,8 +32,8 @@ class Board:
         slots: Slot of each adapter that it took.
         refused: What it said to each of the others.
         rows: The mixed batch, the adapters taking turns.
-        answers: Width -> each row's logits, [max_labels] or [width, max_labels], and the inputs of
-            every quantised linear.
+        answers: Width -> logits of each row, [max_labels] or [tokens, max_labels], and the inputs
+            of every quantised linear.
     """
 
     engine: Engine
@@ -46,25 +43,8 @@ class Board:
     answers: dict[int, tuple[list[torch.Tensor], Inputs]] = field(default_factory=dict)
 
     @classmethod
-    def play(
-        cls, base: Base, folder: str, quantization: str, store: Store, variants: Sequence[Variant]
-    ) -> Board:
+    def play(cls, base: Base, engine: Engine, store: Store, tasks: Sequence[str]) -> Board:
         """Read every adapter, and answer rows of all that were taken in one forward a width."""
-        tasks = [variant.name for variant in variants]
-        token_tasks = {variant.name for variant in variants if variant.task == "token"}
-        args = Args(base_model=folder, adapter_store=str(store.root), quantization=quantization)
-        # As at a start: what the store's adapters need is found in their files.
-        sizes = choose_sizes(args, BaseName.parse(folder), store, torch.float32)
-        engine = Engine(
-            folder,
-            quantization=quantization,
-            device="cpu",
-            adapter_slots=len(tasks),
-            max_lora_rank=sizes.max_lora_rank,
-            max_labels=sizes.max_labels,
-            lora_targets=sizes.lora_targets,
-            saved_modules=sizes.saved_modules,
-        )
         board = cls(engine)
         for slot, task in enumerate(tasks, start=1):
             try:
@@ -78,18 +58,31 @@ class Board:
         if board.rows:
             for width in WIDTHS:
                 inputs: Inputs = {}
-                with torch.inference_mode(), recorded(quantized(engine), inputs):
-                    logits = engine.forward(board.rows, width)
-                whose = {slot: task for task, slot in board.slots.items()}
-                kinds = [iter(()) if part is None else iter(part) for part in logits]
-                board.answers[width] = (
-                    [next(kinds[whose[row.slot] in token_tasks]) for row in board.rows],
-                    inputs,
-                )
+                with recorded(quantized(engine), inputs):
+                    board.answers[width] = ask(engine, board.rows, width), inputs
         return board
 
     def places(self, task: str) -> list[int]:
         return [i for i, row in enumerate(self.rows) if row.slot == self.slots[task]]
+
+
+def open_engine(base: Base, folder: str, quantization: str, opened: bool, slots: int) -> Engine:
+    """An engine of a base; opened, it also serves adapters of its embedding and pooler."""
+    targets = saved = None
+    if opened:
+        model = Engine(folder, quantization="none", device="cpu", adapter_slots=1).encoder.model
+        names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+        targets, saved = [*names - {""}], ["pooler"]
+    return Engine(
+        folder,
+        quantization=quantization,
+        device="cpu",
+        adapter_slots=slots,
+        max_lora_rank=16,
+        max_labels=MAX_LABELS,
+        lora_targets=targets,
+        saved_modules=saved or (),
+    )
 
 
 def rows_of(base: Base, task: str, slot: int) -> list[Row]:
@@ -103,14 +96,22 @@ def rows_of(base: Base, task: str, slot: int) -> list[Row]:
     return rows
 
 
+def ask(engine: Engine, rows: Sequence[Row], width: int) -> list[torch.Tensor]:
+    """The logits of each row of a mixed batch, whose rows may be of texts or of their tokens."""
+    with torch.inference_mode():
+        parts = [iter(part if part is not None else ()) for part in engine.forward(rows, width)]
+    return [next(parts[engine._of_tokens[row.slot]]) for row in rows]
+
+
 def quantized(engine: Engine) -> dict[str, nn.Module]:
     """The quantised linears of an engine by the path that transformers gives them."""
     if engine.quantization == "none":
         return {}
     found: dict[str, nn.Module] = {}
-    plain = type(engine.encoder.model)(engine.encoder.model.config)
-    paths = {path for path, _ in plain.named_modules()}
-    for path, module in engine.encoder.model.named_modules():
+    model = engine.encoder.model
+    with torch.device("meta"):
+        paths = {path for path, _ in type(model)(model.config).named_modules()}
+    for path, module in model.named_modules():
         if isinstance(module, Int8Linear) or type(module).__module__.startswith("bitsandbytes"):
             while path not in paths:  # a site holds its linear
                 path = path.rpartition(".")[0]

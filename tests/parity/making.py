@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.loraga import preprocess_loraga
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
@@ -45,10 +47,12 @@ def make(base: Base, model_folder: str, variant: Variant, folder: Path, seed: in
     num_labels = NUM_TRAINED_LABELS if variant.form == "trained" else 2 + seed % 3
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's advice to whoever trains
-        peft = get_peft_model(load(model_folder, variant, num_labels), variant.config(base))
+        config = variant.config(base)
+        model = load(model_folder, variant, num_labels)
+        _prepare(model, config)
+        peft = get_peft_model(model, config)
         first = folder.parent / f"{folder.name}-initial"
         if variant.convert:  # as PEFT's guide to PiSSA says
-            config = peft.peft_config["default"]
             said, config.init_lora_weights = config.init_lora_weights, True
             peft.save_pretrained(str(first))
             config.init_lora_weights = said
@@ -63,10 +67,19 @@ def make(base: Base, model_folder: str, variant: Variant, folder: Path, seed: in
     return Made(folder, num_labels, logits, frozenset(p for p in paths if "lora_" not in p))
 
 
+def _prepare(model: nn.Module, config: PeftConfig) -> None:
+    """Look at activations or gradients, where an initialisation is made from them."""
+    init = getattr(config, "init_lora_weights", None)
+    if init == "corda":
+        preprocess_corda(model, config, run_model=lambda: model(probe()))
+    elif init == "lora_ga":
+        preprocess_loraga(model, config, lambda: model(probe()).logits.square().sum().backward())
+
+
 def load(model_folder: str, variant: Variant, num_labels: int) -> nn.Module:
     """The base with a new head, or with the one that it was trained with."""
-    sequence = variant.task == "sequence"
-    cls = AutoModelForSequenceClassification if sequence else AutoModelForTokenClassification
+    of_tokens = variant.of_tokens
+    cls = AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
     return cls.from_pretrained(model_folder, num_labels=num_labels).eval()
 
 

@@ -12,8 +12,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from deployments.rows import Row
 from tests.parity.bases import Base
-from tests.parity.board import WIDTHS, Board
+from tests.parity.board import MAX_LABELS, WIDTHS, Board
 from tests.parity.cells import CELLS, Cell, is_covering
 from tests.parity.conftest import FEWEST
 from tests.parity.expectations import PeftCannot, Refused
@@ -74,35 +75,30 @@ def difference(cell: Cell, board: Board, oracle: Oracle, num_labels: int) -> tup
     rows = [board.rows[place] for place in places]
     for width in WIDTHS:
         logits, inputs = board.answers[width]
+        got = [logits[place] for place in places]
         asked = max(row.num_tokens for row in rows) if cell.quantization == "none" else width
-        want = oracle.ask(rows, asked)
-        error = worst_of(places, board, logits, want, num_labels)
+        error = largest_error(rows, got, oracle.ask(rows, asked), num_labels)
         if cell.quantization == "int8" and error > BOUND:
             want = oracle.ask_forced(rows, width, inputs, places, len(board.rows))
-            error, forced = worst_of(places, board, logits, want, num_labels), True
+            error, forced = largest_error(rows, got, want, num_labels), True
         assert error <= BOUND, f"differs by {error:.1e} at {width} tokens"
         worst = max(worst, error)
     return worst, forced
 
 
-def worst_of(
-    places: list[int],
-    board: Board,
-    logits: list[torch.Tensor],
-    want: torch.Tensor,
-    num_labels: int,
+def largest_error(
+    rows: list[Row], got: list[torch.Tensor], want: list[torch.Tensor], num_labels: int
 ) -> float:
-    """Return the largest difference of a logit, of padding's tokens none."""
-    worst = 0.0
-    for place, expected in zip(places, want, strict=True):
-        tokens = [slice(board.rows[place].num_tokens)] if expected.ndim == 2 else []
-        got = logits[place][*tokens]
-        assert expected.shape[-1] == num_labels
-        assert got.ndim == expected.ndim
-        assert not got[..., num_labels:].any()
-        error = (got[..., :num_labels] - expected[*tokens]).abs().max()
-        worst = max(worst, float(error))
-    return worst
+    errors = []
+    for row, ours, theirs in zip(rows, got, want, strict=True):
+        assert ours.shape[-1] == MAX_LABELS
+        assert theirs.shape[-1] == num_labels
+        assert not ours[..., num_labels:].any()
+        if ours.ndim == 2:  # padding has no answer
+            ours, theirs = ours[: row.num_tokens], theirs[: row.num_tokens]
+        assert ours.shape[:-1] == theirs.shape[:-1]
+        errors.append(float((ours[..., :num_labels] - theirs).abs().max()))
+    return max(errors)
 
 
 def check_oracle(oracle: Oracle, found: Made) -> None:

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft import IA3Config, LoraConfig, PeftConfig
+from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraGAConfig
 
 from tests.parity.bases import Base
 from tests.parity.expectations import RIGHT, Expectation, PeftCannot, Refused
 from tests.parity.methods import METHODS
 
 Configure = Callable[[Base], PeftConfig]
+Part = Callable[[Base], dict[str, Any]]
 
 
 @dataclass(frozen=True, repr=False)
@@ -26,7 +28,8 @@ class Variant:
         unlike: What other architectures' cells must turn out to be, where that differs.
         only: Says for which bases it means anything.
         convert: Whether it is saved as a difference from how it was initialised.
-        task: Whether it labels a text or each of its tokens.
+        opened: Whether the engine is told to serve embeddings and poolers, as it does where an
+            adapter that has them is in the store at its start.
     """
 
     name: str
@@ -36,7 +39,11 @@ class Variant:
     unlike: Callable[[Base], Expectation | None] = lambda base: None
     only: Callable[[Base], bool] = lambda base: True
     convert: bool = False
-    task: str = "sequence"
+    opened: bool = False
+
+    @property
+    def of_tokens(self) -> bool:
+        return self.name.startswith("token-")
 
     def __repr__(self) -> str:
         return self.name
@@ -45,9 +52,14 @@ class Variant:
         return self.unlike(base) or self.want
 
 
-def lora(
-    *more: Callable[[Base], dict[str, Any]], task: str | None = "SEQ_CLS", **fixed: Any
-) -> Configure:
+def _saved(base: Base, task: str | None) -> list[str] | None:
+    """What `modules_to_save` must name; PEFT adds `classifier` and `score` to it by itself."""
+    # Token classifiers have no pooler.
+    names = [name for name in base.head if not (task == "TOKEN_CLS" and name == "pooler")]
+    return names if names and task else None
+
+
+def lora(*more: Part, task: str | None = "SEQ_CLS", **fixed: Any) -> Configure:
     """LoRA on the attention's linears, with what else is said."""
 
     def configure(base: Base) -> LoraConfig:
@@ -56,7 +68,7 @@ def lora(
             "r": 4,
             "lora_alpha": 8,
             "target_modules": [*base.attention],
-            "modules_to_save": [*base.head] or None if task else None,
+            "modules_to_save": _saved(base, task),
         }
         for part in more:
             said |= part(base)
@@ -65,23 +77,21 @@ def lora(
     return configure
 
 
-def ia3(
-    targets: Callable[[Base], tuple[str, ...]],
-    feedforward: bool,
-    task: str | None = "SEQ_CLS",
-) -> Configure:
+def ia3(*names: str, feedforward: bool = False, task: str | None = "SEQ_CLS") -> Configure:
+    """IA3 on keys and values, and on more linears by the names of a base's attributes."""
+
     def configure(base: Base) -> IA3Config:
         return IA3Config(
             task_type=task,
-            target_modules=[*targets(base)],
+            target_modules=[*base.key_value, *(getattr(base, name) for name in names)],
             feedforward_modules=[base.ffn_out] if feedforward else [],
-            modules_to_save=[*base.head] or None if task else None,
+            modules_to_save=_saved(base, task),
         )
 
     return configure
 
 
-def also(*names: str) -> Callable[[Base], dict[str, Any]]:
+def also(*names: str) -> Part:
     """More targets, by the names of a base's attributes."""
     return lambda base: {
         "target_modules": [*base.attention, *(getattr(base, name) for name in names)]
@@ -113,26 +123,38 @@ def _last_layer(base: Base) -> int:
     return 0 if base.model_type == "albert" else 1  # which has one layer, used twice
 
 
-def _pooler(base: Base) -> dict[str, Any]:
-    return {"modules_to_save": ["pooler"]}
-
-
-def _no_head(base: Base) -> dict[str, Any]:
-    return {"modules_to_save": None}
-
-
 def _headless(base: Base) -> Expectation | None:
-    return Refused("no head weights") if base.head else None
+    # PEFT compares ends of names, so that `classifier` is DistilBERT's `pre_classifier` too.
+    left = [name for name in base.head if not name.endswith("classifier")]
+    return Refused("no head weights") if left else None
+
+
+def _closed(base: Base) -> Expectation | None:
+    """A pooler that the checkpoint brings is the encoder's, and is served where that is said."""
+    inside = base.pooler is not None and base.pooler in base.head
+    return Refused("add it to saved_modules") if inside else None
 
 
 def _no_olora(base: Base) -> Expectation | None:
-    # It takes a Conv1D's weight for a linear's, so that its A and B have each other's shape.
-    return PeftCannot("mat1 and mat2 shapes") if base.conv1d else None
+    # It takes a Conv1D's weight for a linear's, so that A and B have each other's shape.
+    return PeftCannot("size mismatch") if base.conv1d else None
+
+
+def _has_pooler(base: Base) -> bool:
+    return base.pooler is not None
+
+
+def _is_pooled(base: Base) -> bool:
+    """Tell whether the bare checkpoint brings the pooler that the head reads."""
+    return base.pooler is not None and base.pooler not in base.head
 
 
 ALL_LINEAR = {"target_modules": "all-linear"}
-_key_value = lambda base: base.key_value  # noqa: E731
-_with_ffn = lambda base: (*base.key_value, base.ffn_out)  # noqa: E731
+POOLER = {"modules_to_save": ["pooler"]}
+MUTATED = Refused("changes the base")
+LOST = Refused("no head weights")
+# PEFT leaves the head out of all-linear for sequences only, and cannot save what has LoRA on it.
+TWICE = PeftCannot("modules_to_save cannot be applied")
 
 LORAS = (
     Variant("lora", lora()),
@@ -149,47 +171,64 @@ LORAS = (
     Variant("lora-layers-pattern", lora(_layers_pattern)),
     Variant("lora-fan-in-fan-out", lora(also("ffn"), fan_in_fan_out=True)),
     Variant("lora-dropout", lora(lora_dropout=0.3)),
-    Variant("lora-embedding", lora(also("embedding"))),
-    Variant("lora-default-head", lora(_no_head), unlike=_headless),
-    Variant("lora-pooler", lora(_pooler), only=lambda base: base.pooler is not None),
+    Variant("lora-default-head", lora(modules_to_save=None), unlike=_headless),
 )
 DORAS = (
     Variant("dora", lora(use_dora=True)),
     Variant("dora-rslora-all-linear", lora(r=5, use_dora=True, use_rslora=True, **ALL_LINEAR)),
     Variant("dora-patterns", lora(_patterns, use_dora=True)),
-    Variant(
-        "dora-embedding",
-        lora(also("embedding"), use_dora=True),
-        want=Refused("only LoRA is served"),
-    ),
     Variant("dora-bias-all", lora(use_dora=True, bias="all")),
 )
 IA3S = (
-    Variant("ia3", ia3(_with_ffn, feedforward=True)),
-    Variant("ia3-attention", ia3(_key_value, feedforward=False)),
-    Variant("ia3-ffn-as-output", ia3(_with_ffn, feedforward=False)),
+    Variant("ia3", ia3("ffn_out", feedforward=True)),
+    Variant("ia3-attention", ia3()),
+    Variant("ia3-ffn-as-output", ia3("ffn", "ffn_out")),
 )
 TRAINED = (
-    Variant("trained-head", lora(), "trained"),
+    Variant("trained-head", lora(), "trained", unlike=_closed),
     Variant("trained-no-head", lora(task=None), "trained"),
     Variant("trained-all-linear", lora(task=None, **ALL_LINEAR), "trained"),
     Variant("trained-lora-on-head", lora(also("logits"), task=None), "trained"),
+    Variant("trained-own-bias-on-head", lora(also("logits"), task=None, lora_bias=True), "trained"),
     Variant("trained-dora-on-head", lora(also("logits"), task=None, use_dora=True), "trained"),
-    Variant("trained-ia3", ia3(_with_ffn, feedforward=True, task=None), "trained"),
+    Variant("trained-ia3", ia3("ffn_out", feedforward=True, task=None), "trained"),
+    Variant("trained-ia3-on-head", ia3("logits", task=None), "trained"),
     Variant("trained-bias-all", lora(task=None, bias="all"), "trained"),
     Variant("trained-dora", lora(task=None, use_dora=True), "trained"),
+)
+OPENED = (
+    Variant("opened-embedding", lora(also("embedding")), opened=True),
+    Variant("opened-embedding-rslora", lora(also("embedding"), use_rslora=True), opened=True),
+    Variant("opened-embedding-dora", lora(also("embedding"), use_dora=True), opened=True),
+    Variant("opened-pooler", lora(**POOLER), opened=True, only=_has_pooler),
+    Variant("opened-pooler-dora", lora(use_dora=True, **POOLER), opened=True, only=_has_pooler),
+    Variant("opened-bias-all", lora(also("embedding"), bias="all"), opened=True),
+    Variant("embedding", lora(also("embedding")), want=Refused("add it to lora_targets")),
+    Variant("pooler", lora(**POOLER), want=Refused("add it to saved_modules"), only=_is_pooled),
+)
+TOKENS = (
+    Variant("token-lora", lora(task="TOKEN_CLS")),
+    Variant("token-lora-all-linear", lora(task="TOKEN_CLS", **ALL_LINEAR), want=TWICE),
+    Variant("token-lora-bias-all", lora(task="TOKEN_CLS", bias="all")),
+    Variant("token-dora", lora(task="TOKEN_CLS", use_dora=True)),
+    Variant("token-ia3", ia3("ffn_out", feedforward=True, task="TOKEN_CLS")),
 )
 INITS = (
     Variant("init-gaussian", lora(init_lora_weights="gaussian")),
     Variant("init-orthogonal", lora(init_lora_weights="orthogonal")),
-    Variant("init-eva", lora(init_lora_weights="eva")),
-    Variant("init-pissa", lora(init_lora_weights="pissa"), want=Refused("changes the base")),
-    Variant("init-olora", lora(init_lora_weights="olora"), want=Refused("changes the base")),
+    Variant("init-eva", lora(init_lora_weights="eva", eva_config=EvaConfig())),
+    Variant("init-pissa", lora(init_lora_weights="pissa"), want=MUTATED),
+    Variant("init-olora", lora(init_lora_weights="olora"), want=MUTATED),
+    Variant("init-corda", lora(init_lora_weights="corda", corda_config=CordaConfig(
+        corda_method="kpm")), want=MUTATED),
+    Variant("init-lora-ga", lora(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig()),
+            want=MUTATED),
+    Variant("init-loftq", lora(init_lora_weights="loftq", loftq_config={"loftq_bits": 4}),
+            want=PeftCannot("scipy")),
     # While it converts, PEFT drops modules_to_save; nobody may then answer with another head.
-    Variant("init-pissa-converted", lora(init_lora_weights="pissa"), convert=True,
-            want=Refused("no head weights")),
-    Variant("trained-pissa-converted-with-head", lora(init_lora_weights="pissa"), "trained",
-            convert=True, want=Refused("no head weights")),
+    Variant("init-pissa-converted", lora(init_lora_weights="pissa"), convert=True, want=LOST),
+    Variant("trained-converted-with-head", lora(init_lora_weights="pissa"), "trained",
+            convert=True, want=LOST),
     Variant("trained-pissa-converted", lora(init_lora_weights="pissa", task=None), "trained",
             convert=True),
     Variant("trained-olora-converted", lora(init_lora_weights="olora", task=None), "trained",
@@ -199,8 +238,4 @@ OTHERS = tuple(
     Variant(method.name, method.config, want=method.want, unlike=method.unlike)
     for method in METHODS
 )
-TOKENS = (
-    Variant("token-lora", lora(task="TOKEN_CLS"), task="token"),
-    Variant("token-dora", lora(task="TOKEN_CLS", use_dora=True), task="token"),
-)
-VARIANTS = (*LORAS, *DORAS, *IA3S, *TRAINED, *INITS, *TOKENS, *OTHERS)
+VARIANTS = (*LORAS, *DORAS, *IA3S, *TRAINED, *OPENED, *TOKENS, *INITS, *OTHERS)
