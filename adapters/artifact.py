@@ -56,7 +56,9 @@ class Artifact:
 
     @property
     def problem_type(self) -> ProblemType:
-        """The rules', else config.json's, else transformers' guess from the number of labels."""
+        """The task_type's, the rules', config.json's, or transformers' guess from the labels."""
+        if self.spec.task_type == "TOKEN_CLS":
+            return "token_classification"
         named = self.rules.problem_type or self.spec.problem_type
         return named or ("regression" if self.num_labels == 1 else "single_label_classification")
 
@@ -112,8 +114,10 @@ def read_artifact(files: Files, geometry: Geometry, base_sha256: str | None = No
     )
     if artifact.problem_type == "single_label_classification" and num_labels == 1:
         problems.append("single_label_classification of one label would always be sure of it")
-    if artifact.problem_type == "regression" and rules.threshold is not None:
-        problems.append("task.json: threshold means nothing for a regression")
+    claimed = rules.problem_type or artifact.problem_type
+    if (claimed == "token_classification") != (spec.task_type == "TOKEN_CLS"):
+        problems.append(f"problem_type {claimed} is not what task_type {spec.task_type} gives")
+    problems += rules.problems(artifact.problem_type, artifact.labels)
     if problems:
         raise AdapterRefused(files.task, problems)
     return artifact

@@ -106,7 +106,7 @@ class Sorter:
         if head is not None and part in ("weight", "bias"):
             return self._head_shape(head, part, tensor)
         if part in ("weight", "bias") and self._saved_whole(path):
-            return self._refuse_unserved(path, "saved_modules")
+            return self._refuse(f"{path} is not served; add it to saved_modules")
         if part == "weight":
             # PEFT saves whole embeddings too, where it takes them for resized or trained.
             return tuple(tensor.shape) if path in self.geometry.embeddings else None
@@ -121,7 +121,9 @@ class Sorter:
             return _stored_shape(part, self.spec, path, width, rows)
         site = self.geometry.sites.get(path)
         if site is None or site.kind == "shift":
-            return self._refuse_unserved(path, "lora_targets")
+            return self._refuse(f"{path} is not served; add it to lora_targets")
+        if site.kind == "embedding" and self.spec.method != "lora":
+            return self._refuse(f"{path} is an embedding, on which only LoRA is served")
         return _stored_shape(part, self.spec, path, site.in_features, site.out_features)
 
     def _saved_whole(self, path: str) -> bool:
@@ -129,8 +131,7 @@ class Sorter:
         known = path in self.geometry.sites or path in self.geometry.linears
         return known and self.spec.matching.saves(path)
 
-    def _refuse_unserved(self, path: str, key: str) -> tuple[int, ...]:
-        problem = f"{path} is not served; add it to {key}"
+    def _refuse(self, problem: str) -> tuple[int, ...]:
         if problem not in self.problems:
             self.problems.append(problem)
         return ()

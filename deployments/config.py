@@ -100,7 +100,9 @@ class Args(BaseModel):
         "without reserving more than one, unless said.",
     )
 
-    max_request_rows: Annotated[int, Field(ge=1)] = Field(1024, description="Most texts a request.")
+    max_request_rows: Annotated[int, Field(ge=1)] = Field(
+        1024, description="Most texts a request, and most windows of all its texts."
+    )
     max_body_bytes: Annotated[int, Field(ge=1024)] = Field(
         4 * 2**20, description="Largest request body."
     )

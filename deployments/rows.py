@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, TypedDict
 
-from adapters.rules import ProblemType
+from adapters.rules import Aggregation, Overflow, ProblemType, WindowScores
 
 
 class Tokens(NamedTuple):
@@ -61,9 +61,15 @@ class Facts(TypedDict):
         version: 8 hex digits, see `adapters.store.Files`.
         labels: By index.
         problem_type: How logits become scores.
-        threshold: The rules' own, or None.
+        threshold: The rules' own, of all labels or by label, or None.
         max_length: Longest input in tokens: the rules', else what the base can take.
-        truncation: `longest_first`, `only_first`, `only_second`, or None to refuse longer inputs.
+        truncation: `longest_first`, `only_first`, `only_second`: how a longer input is cut, and
+            which text of a pair windows go over; None where `overflow` is `refuse`.
+        overflow: What becomes of a longer input.
+        stride: Tokens that neighbouring windows share; None where there are no windows.
+        window_scores: How the scores of windows become a text's; None where nothing combines them.
+        negative_label: `max` takes the window of a single label where this is least likely.
+        aggregation: How classified tokens become entities; None for other kinds of problem.
         pair: Whether an input is a pair of texts.
         guessed: Which of labels, problem_type and max_length nothing in the folder says.
         method: `lora`, `dora`, `ia3`.
@@ -76,9 +82,14 @@ class Facts(TypedDict):
     version: str
     labels: list[str]
     problem_type: ProblemType
-    threshold: float | None
+    threshold: float | dict[str, float] | None
     max_length: int
     truncation: str | None
+    overflow: Overflow
+    stride: int | None
+    window_scores: WindowScores | None
+    negative_label: str | None
+    aggregation: Aggregation | None
     pair: bool
     guessed: list[str]
     method: str

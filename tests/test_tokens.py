@@ -208,6 +208,120 @@ def test_cutting_a_long_pair_costs_about_as_much_as_reading_it(
     assert time.perf_counter() - started_s < 20 * read_s  # not the square of its length
 
 
+def expected_windows(
+    oracle: Any, text: Input, max_length: int, stride: int, strategy: str
+) -> list[Tokens] | None:
+    """What AutoTokenizer gives, None where it cannot cut."""
+    parts = [[text]] if isinstance(text, str) else [[part] for part in text]
+    try:
+        out = oracle(
+            *parts, truncation=strategy, max_length=max_length, stride=stride,
+            return_overflowing_tokens=True,
+        )  # fmt: skip
+    except BaseException:  # a Rust panic, where the stride is over the room, is no Exception
+        return None
+    ids = out["input_ids"]
+    types = out.get("token_type_ids", [None] * len(ids))
+    return [Tokens(i, t if t and any(t) else None) for i, t in zip(ids, types, strict=True)]
+
+
+LONG = [
+    "", "short", "word " * 60, "tokenization of Übergrößen 👍🏽 東京 " * 12, "one two three " * 5,
+    "x" * 3000, "a\0b [SEP] ##ing " * 9,
+]  # fmt: skip
+LONG_PAIRS = [
+    ("word " * 60, "what of it?"), ("what of it?", "one two three " * 20), ("", "word " * 60),
+    ("word " * 60, ""), ("word " * 60, "one two " * 30), ("a", "b"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stride", [0, 1, 7, 12, 13])
+@pytest.mark.parametrize("strategy", ["longest_first", "only_first", "only_second"])
+def test_windows_are_autotokenizer_s_overflowing_tokens(
+    pair: Both, strategy: str, stride: int
+) -> None:
+    texts: list[Input] = [*(LONG if strategy != "only_second" else []), *LONG_PAIRS]
+    checked = 0
+    for text in texts:
+        if strategy == "longest_first" and not isinstance(text, str):
+            continue  # that makes windows of both texts
+        for max_length in (16, 17, 64):
+            expected = expected_windows(pair.oracle, text, max_length, stride, strategy)
+            if expected is None:
+                with pytest.raises(ValueError, match="which must be over the stride"):
+                    pair.ours.windows([text], max_length, stride, strategy, max_windows=9999)
+                continue
+            given = pair.ours.windows([text], max_length, stride, strategy, max_windows=9999)
+            assert given is not None
+            assert [window.tokens for window in given[0]] == expected, (text, max_length)
+            checked += len(expected) > 1
+    assert checked > 1
+
+
+@given(st.text(max_size=300), st.integers(6, 40), st.integers(0, 5), st.sampled_from(["a", "b c"]))
+def test_windows_of_any_text_and_pair_are_autotokenizer_s(
+    made: Callable[[str], Both], text: str, max_length: int, stride: int, other: str
+) -> None:
+    both = made("example")
+    for one, strategy in ((text, "longest_first"), ((other, text), "only_second")):
+        expected = expected_windows(both.oracle, one, max_length, stride, strategy)
+        if expected is not None:
+            ours = both.ours.windows([one], max_length, stride, strategy, max_windows=9999)
+            assert [window.tokens for window in (ours or [[]])[0]] == expected
+
+
+@pytest.mark.parametrize("stride", [0, 5])
+def test_no_token_is_left_out_of_all_windows(pair: Both, stride: int) -> None:
+    for text in LONG:
+        (whole,) = pair.ours.encode([text], 10**6, spans=True)
+        assert whole.spans is not None
+        (windows,) = pair.ours.windows(
+            [text], 16, stride, "longest_first", max_windows=9999, spans=True
+        ) or [[]]
+        spans = [span for span in whole.spans if span is not None]
+        seen = {}
+        for window in windows:
+            own = [span for span in window.spans or [] if span is not None]
+            assert own == spans[window.first : window.first + len(own)]
+            seen |= {window.first + place: span for place, span in enumerate(own)}
+            assert window.num_tokens == len(whole.tokens.ids)
+        assert [seen[place] for place in range(len(spans))] == spans
+
+
+def test_windows_over_the_limit_are_not_made(made: Callable[[str], Both]) -> None:
+    ours, text = made("example").ours, "word " * 1000  # of 10: 100 windows
+    for texts, limit in (([text], 100), ([text, "word", text], 201)):
+        windows = ours.windows(texts, 12, 0, "only_first", max_windows=limit)
+        assert windows is not None
+        assert sum(map(len, windows)) == limit
+        assert ours.windows(texts, 12, 0, "only_first", max_windows=limit - 1) is None
+    assert ours.windows(["a"] * 3, 12, 0, "only_first", max_windows=2) is None
+    started_s = time.perf_counter()
+    assert ours.windows(["word " * 200_000], 512, 509, "only_first", max_windows=1000) is None
+    assert time.perf_counter() - started_s < 10  # 200 million tokens, had they been made
+
+
+@pytest.mark.parametrize("max_length", [8, 512])
+def test_spans_are_those_of_autotokenizer(pair: Both, max_length: int) -> None:
+    for text in TEXTS:
+        out = pair.oracle(
+            text, truncation=True, max_length=max_length,
+            return_offsets_mapping=True, return_special_tokens_mask=True,
+        )  # fmt: skip
+        (encoded,) = pair.ours.encode([text], max_length, spans=True)
+        assert encoded.tokens.ids == out["input_ids"]
+        expected = zip(out["offset_mapping"], out["special_tokens_mask"], strict=True)
+        assert [span and span[:2] for span in encoded.spans or []] == [
+            None if special else tuple(offsets) for offsets, special in expected
+        ]
+
+
+def test_what_is_too_long_to_be_read_is_not_located(made: Callable[[str], Both]) -> None:
+    ours = made("example").ours
+    (long,) = ours.encode(["word " * 20], 16, None, spans=True)
+    assert (long.num_tokens, long.spans) == (22, None)
+
+
 def test_eight_threads_at_once_get_what_one_alone_gets(pair: Both) -> None:
     chance = random.Random(0)
     jobs = [

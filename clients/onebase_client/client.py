@@ -6,7 +6,7 @@ Errors:
     httpx2.TransportError    no answer came: no connection, a timeout, a broken one
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
@@ -57,7 +57,7 @@ class Client:
     def predict(
         self,
         task: str,
-        texts: str | Sequence[str],
+        texts: str | Mapping[str, str] | Sequence[str | Mapping[str, str]],
         *,
         return_scores: bool = False,
         threshold: float | None = None,
@@ -66,7 +66,8 @@ class Client:
 
         Args:
             task: The task's name, as `tasks` lists it.
-            texts: The texts. A single string is one text.
+            texts: The texts, or for a task of pairs `{"text": …, "text_pair": …}` each. A single
+                string or pair is one input.
             return_scores: Whether each prediction carries the scores of all labels.
             threshold: The score from which a label counts, in place of the task's own.
 
@@ -75,7 +76,7 @@ class Client:
             httpx2.TransportError: No answer came.
         """
         body: dict[str, Any] = {
-            "texts": [texts] if isinstance(texts, str) else list(texts),
+            "texts": [texts] if isinstance(texts, (str, Mapping)) else list(texts),
             "return_scores": return_scores,
         }
         if threshold is not None:

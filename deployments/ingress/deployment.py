@@ -66,7 +66,8 @@ class Ingress:
             texts: One input or a list of them; an input is a text, or for a task of pairs
                 `{"text": …, "text_pair": …}`.
             return_scores: Whether each result has its probabilities.
-            threshold: Below it the prediction is "Uncertain"; the task's own if None.
+            threshold: Under it a single label is "Uncertain", one of several labels and an entity
+                are left out; the task's own if None.
 
         Raises:
             LookupError: There is no such task.

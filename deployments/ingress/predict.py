@@ -10,16 +10,19 @@ from typing import Any, Protocol
 from adapters.errors import AdapterChanged
 from adapters.rules import ProblemType
 from deployments.errors import BadInput
+from deployments.ingress.entities import find_entities
+from deployments.ingress.inputs import Given, encode, to_inputs
 from deployments.ingress.tasks import Tasks
-from deployments.ingress.wire import Pair, PredictRequest, to_result
+from deployments.ingress.windows import combine, stitch
+from deployments.ingress.wire import PredictRequest, to_result, to_token_result
 from deployments.rows import Facts
-from deployments.tokens import Encoded, Input, Tokenizer
+from deployments.tokens import Encoded, Tokenizer
 
 # Of one handle call: its messages are capped at 4 MB in throughput mode, both ways.
 _MAX_CALL_TOKENS = 2**18
 _MAX_CALL_SCORES = 2**18
 
-Answers = list[list[float] | str]
+Answers = list[list[float] | list[list[float]] | str]
 Encodings = list[tuple[list[int], list[int] | None]]
 
 
@@ -49,7 +52,7 @@ class Predictor:
             tasks: Who knows what a task is.
             tokenizer: The base's.
             ask: Reaches a model replica.
-            max_rows: Most inputs a request.
+            max_rows: Most inputs a request, and most windows of all its inputs.
         """
         self._tasks = tasks
         self._tokenizer = tokenizer
@@ -77,24 +80,23 @@ class Predictor:
     async def _predict(self, task: str, request: PredictRequest) -> dict[str, Any]:
         self._check_count(request.inputs)
         facts = await self._tasks.get(task)
-        inputs = _to_inputs(facts, request)
-        tokenizer = self._tokenizer
+        inputs = to_inputs(facts, request)
         started_s = time.perf_counter()
-        encoded = await asyncio.to_thread(_encode, tokenizer, facts, inputs)
+        encoded = await asyncio.to_thread(encode, self._tokenizer, facts, inputs, self._max_rows)
         encoded_s = time.perf_counter()
-        fitting = [given for given in encoded if isinstance(given, Encoded)]
-        answers = iter(await self._answers(facts, fitting))
+        rows = [row for windows in encoded if not isinstance(windows, str) for row in windows]
+        answers = await self._answers(facts, rows)
         answered_s = time.perf_counter()
+        if facts["problem_type"] == "token_classification":
+            # A request may hold half a million classified tokens: too many for the event loop.
+            results = await asyncio.to_thread(_results, facts, request, inputs, encoded, answers)
+        else:
+            results = _results(facts, request, inputs, encoded, answers)
         return {
             "task": task,
             "version": facts["version"],
-            "results": [
-                _result(facts, given, next(answers), request)
-                if isinstance(given, Encoded)
-                else {"error": given}
-                for given in encoded
-            ],
-            "num_tokens": sum(len(given.tokens.ids) for given in fitting),
+            "results": results,
+            "num_tokens": sum(len(row.tokens.ids) for row in rows),
             "timings_ms": {
                 "tokenize": round(1e3 * (encoded_s - started_s), 3),
                 "model": round(1e3 * (answered_s - encoded_s), 3),
@@ -110,80 +112,74 @@ class Predictor:
                 "send them in several requests"
             )
 
-    async def _answers(self, facts: Facts, encoded: list[Encoded]) -> Answers:
+    async def _answers(self, facts: Facts, rows: Sequence[Encoded]) -> Answers:
         """Ask the model, in several calls if one would be too large."""
-        calls: list[Encodings] = []
-        call: Encodings = []
-        tokens = 0
-        max_rows = max(1, _MAX_CALL_SCORES // len(facts["labels"]))
-        for given in encoded:
-            size = len(given.tokens.ids)
-            if call and (tokens + size > _MAX_CALL_TOKENS or len(call) == max_rows):
-                calls.append(call)
-                call, tokens = [], 0
-            call.append((given.tokens.ids, given.tokens.type_ids))
-            tokens += size
-        calls += [call] if call else []
         parts = await asyncio.gather(
             *(
                 self._ask(facts["task"], facts["version"], facts["problem_type"], part)
-                for part in calls
+                for part in _parts(facts, rows)
             )
         )
         return [answer for part in parts for answer in part]
 
 
-def _to_inputs(facts: Facts, request: PredictRequest) -> list[Input]:
-    """Check every input against the task's rules."""
-    if request.threshold is not None and facts["problem_type"] == "regression":
-        raise BadInput(f"task {facts['task']!r} is a regression and takes no threshold")
-    inputs: list[Input] = []
-    for index, given in enumerate(request.inputs):
-        if facts["pair"] != isinstance(given, Pair):
-            form = '{"text": …, "text_pair": …}' if facts["pair"] else "a string"
-            raise BadInput(f"texts[{index}] must be {form} for task {facts['task']!r}")
-        parts = (given.text, given.text_pair) if isinstance(given, Pair) else (given,)
-        try:
-            "".join(parts).encode()
-        except UnicodeEncodeError:
-            raise BadInput(f"texts[{index}] has half a surrogate pair, which is no text") from None
-        inputs.append(parts[0] if len(parts) == 1 else (parts[0], parts[1]))
-    return inputs
+def _parts(facts: Facts, rows: Sequence[Encoded]) -> list[Encodings]:
+    """Part rows into calls of which none is too large, nor its answer."""
+    calls: list[Encodings] = []
+    num_tokens = num_scores = 0
+    of_tokens = facts["problem_type"] == "token_classification"
+    for row in rows:
+        length = len(row.tokens.ids)
+        scores = len(facts["labels"]) * (length if of_tokens else 1)
+        num_tokens, num_scores = num_tokens + length, num_scores + scores
+        if not calls or num_tokens > _MAX_CALL_TOKENS or num_scores > _MAX_CALL_SCORES:
+            calls.append([])
+            num_tokens, num_scores = length, scores
+        calls[-1].append((row.tokens.ids, row.tokens.type_ids))
+    return calls
 
 
-def _encode(tokenizer: Tokenizer, facts: Facts, inputs: list[Input]) -> list[Encoded | str]:
-    """Turn inputs into tokens; a sentence stands where one cannot be."""
-    max_length = facts["max_length"]
-    encoded: list[Encoded | str] = []
-    try:
-        encoded += tokenizer.encode(inputs, max_length, facts["truncation"])
-    except ValueError:
-        # One of them cannot be cut; find out which, so that it fails alone.
-        for given in inputs:
-            try:
-                encoded += tokenizer.encode([given], max_length, facts["truncation"])
-            except ValueError as error:
-                encoded.append(str(error))
-    return [_refuse_long(e, max_length) if isinstance(e, Encoded) else e for e in encoded]
-
-
-def _refuse_long(encoded: Encoded, max_length: int) -> Encoded | str:
-    if len(encoded.tokens.ids) > max_length:
-        return (
-            f"{encoded.num_tokens} tokens are over the task's max_length of {max_length}, "
-            "and its rules do not allow to cut them"
-        )
-    return encoded
+def _results(
+    facts: Facts,
+    request: PredictRequest,
+    inputs: Sequence[Given],
+    encoded: Sequence[list[Encoded] | str],
+    answers: Answers,
+) -> list[dict[str, Any]]:
+    """Shape the answer of each input, or say why it has none."""
+    results: list[dict[str, Any]] = []
+    rest = iter(answers)
+    for given, windows in zip(inputs, encoded, strict=True):
+        own = [windows] if isinstance(windows, str) else [next(rest) for _ in windows]
+        problem = next((answer for answer in own if isinstance(answer, str)), None)
+        if isinstance(windows, str) or problem is not None:
+            results.append({"error": problem})
+            continue
+        result = _result(facts, request, given, windows, own)
+        if len(windows) > 1:
+            result["windows"] = len(windows)
+        elif windows[0].truncated:
+            result["truncated"] = True
+        if given.num_replaced:
+            result["replaced_characters"] = given.num_replaced
+        results.append(result)
+    return results
 
 
 def _result(
-    facts: Facts, given: Encoded, answer: list[float] | str, request: PredictRequest
+    facts: Facts,
+    request: PredictRequest,
+    given: Given,
+    windows: Sequence[Encoded],
+    answers: list[Any],  # as `Answers`, by problem type
 ) -> dict[str, Any]:
-    if isinstance(answer, str):
-        return {"error": answer}
-    result = to_result(
-        facts, answer, return_scores=request.return_scores, threshold=request.threshold
+    if facts["aggregation"] is not None and isinstance(given.text, str):
+        pieces = stitch(windows, answers)
+        entities = find_entities(pieces, facts["labels"], facts["aggregation"])
+        return to_token_result(facts, given.text, entities, threshold=request.threshold)
+    return to_result(
+        facts,
+        combine(facts, answers),
+        return_scores=request.return_scores,
+        threshold=request.threshold,
     )
-    if given.truncated:
-        result["truncated"] = True
-    return result

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deployments.errors import BadInput
+from deployments.ingress.entities import Entity
 from deployments.rows import Facts
 
 UNCERTAIN = "Uncertain"
@@ -39,7 +40,9 @@ class PredictRequest(BaseModel):
     text: str | Pair | None = Field(None, description="A single input, instead of `texts`.")
     return_scores: bool = Field(False, description="Whether a result has its probabilities.")
     threshold: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        None, description='Below it the prediction is "Uncertain"; else the task\'s own.'
+        None,
+        description='Under it a single label is "Uncertain", one of several labels and an entity '
+        "are left out; else the task's own.",
     )
 
     @model_validator(mode="after")
@@ -94,10 +97,16 @@ def explain(errors: Sequence[Any], skip: int = 0) -> str:
     return "; ".join(sentences.values())
 
 
+def least(facts: Facts, label: str, threshold: float | None) -> float | None:
+    """Return the score from which a label holds: the request's threshold, else the task's."""
+    own = facts["threshold"] if threshold is None else threshold
+    return own.get(label) if isinstance(own, dict) else own
+
+
 def to_result(
     facts: Facts, scores: list[float], *, return_scores: bool, threshold: float | None
 ) -> dict[str, Any]:
-    """Shape one answer.
+    """Shape the answer of a whole text.
 
     Args:
         facts: The task.
@@ -106,24 +115,54 @@ def to_result(
         threshold: The request's own; the task's if None.
 
     Returns:
-        `prediction`: the label, or "Uncertain" under the threshold; the list of labels at or over
-        it (0.5 unless said) if several can hold; the value, or values, of a regression.
+        `prediction`. Of a single label the likeliest, or "Uncertain" if it is under its threshold.
+        Of several labels the list of those at or over theirs, 0.5 unless said: it is empty where
+        none is, and never "Uncertain". Of a regression the value, or values: there is nothing to
+        be uncertain by, and thresholds are refused.
     """
-    if threshold is None:
-        threshold = facts["threshold"]
     labels = facts["labels"]
     if facts["problem_type"] == "regression":
         return {"prediction": scores[0] if len(scores) == 1 else scores}
     result: dict[str, Any]
     if facts["problem_type"] == "multi_label_classification":
-        least = _MULTI_LABEL_THRESHOLD if threshold is None else threshold
-        result = {"prediction": [n for n, s in zip(labels, scores, strict=True) if s >= least]}
+        floors = [least(facts, label, threshold) for label in labels]
+        result = {
+            "prediction": [
+                label
+                for label, score, floor in zip(labels, scores, floors, strict=True)
+                if score >= (_MULTI_LABEL_THRESHOLD if floor is None else floor)
+            ]
+        }
     else:
         confidence = max(scores)
-        sure = threshold is None or confidence >= threshold
-        result = {"prediction": labels[scores.index(confidence)] if sure else UNCERTAIN}
+        label = labels[scores.index(confidence)]
+        floor = least(facts, label, threshold)
+        result = {"prediction": label if floor is None or confidence >= floor else UNCERTAIN}
         if return_scores:
             result["confidence"] = confidence
     if return_scores:
         result["probabilities"] = dict(zip(labels, scores, strict=True))
     return result
+
+
+def to_token_result(
+    facts: Facts, text: str, entities: Sequence[Entity], *, threshold: float | None
+) -> dict[str, Any]:
+    """Shape the answer of a text whose tokens were classified.
+
+    Args:
+        facts: The task.
+        text: The text that the entities are in.
+        entities: What was found in it.
+        threshold: The request's own; the task's if None.
+
+    Returns:
+        `prediction`: the entities at or over their label's threshold, all if it has none, in their
+        order; none is "Uncertain". Each has its `score` whether or not scores are asked for.
+    """
+    found = []
+    for entity in entities:
+        floor = least(facts, entity.label, threshold)
+        if floor is None or entity.score >= floor:
+            found.append({**entity._asdict(), "text": text[entity.start : entity.end]})
+    return {"prediction": found}

@@ -145,11 +145,12 @@ class Engine:
             [rows, max_labels], of token classifiers [rows, tokens, max_labels], fp32, on the
             device; zero beyond a row's own labels. Gradients flow if the caller has them on.
         """
-        sequences, tokens = self._forward(rows, num_tokens)
+        sequences, tokens = self.forward(rows, num_tokens)
         assert (sequences is None) is not (tokens is None)
         return sequences if sequences is not None else tokens  # type: ignore[return-value]
 
-    def _forward(self, rows: Sequence[Row], num_tokens: int | None = None) -> Logits:
+    def forward(self, rows: Sequence[Row], num_tokens: int | None = None) -> Logits:
+        """Run one forward of rows of any task types; arguments as for `logits`."""
         width = max(max(row.num_tokens for row in rows), num_tokens or 0)
         ids = torch.full((len(rows), width), self._pad_id)
         mask = torch.zeros(len(rows), width, dtype=torch.int64)
@@ -173,7 +174,7 @@ class Engine:
         good = [index for index, problem in enumerate(answers) if problem is None]
         if good:
             with torch.inference_mode():
-                logits = self._forward([rows[index] for index in good])
+                logits = self.forward([rows[index] for index in good])
             for of_tokens, part in enumerate(logits):
                 chosen = [i for i in good if self._of_tokens[rows[i].slot] == bool(of_tokens)]
                 if part is not None:

@@ -77,6 +77,7 @@ def _export(tokenizer: PreTrainedTokenizerBase, encoder: Encoder) -> Vocabulary:
         truncation_side=tokenizer.truncation_side,
         split_special_tokens=tokenizer.split_special_tokens,
         type_ids="token_type_ids" in tokenizer.model_input_names,
+        unk_id=tokenizer.unk_token_id,
     )
 
 

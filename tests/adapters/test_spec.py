@@ -287,7 +287,8 @@ def test_every_rule_is_read() -> None:
     said = {
         "labels": ["no", "yes"], "problem_type": "multi_label_classification", "threshold": 0.25,
         "max_length": 64, "truncation": "only_first", "padding": "max_length", "pair": True,
-        "base_sha256": "ab" * 32,
+        "base_sha256": "ab" * 32, "overflow": "window", "stride": 8, "window_scores": "mean",
+        "negative_label": "no", "aggregation": "first",
     }  # fmt: skip
     assert set(said) == set(Rules.model_fields)
     _, rules = good(QUIET, task=said)
@@ -301,11 +302,20 @@ def test_every_rule_is_read() -> None:
         ("problem_type", "multi"), ("threshold", 1.5), ("threshold", -0.1), ("threshold", "high"),
         ("threshold", math.nan), ("max_length", 0), ("max_length", "128"), ("max_length", 12.5),
         ("max_length", True), ("truncation", "right"), ("truncation", 1), ("padding", "left"),
+        ("threshold", True), ("threshold", {"no": 2}), ("threshold", {"no": None}),
+        ("overflow", "cut"), ("stride", -1), ("stride", 1.5), ("window_scores", "min"),
+        ("negative_label", 0), ("aggregation", "average"),
         ("pair", "yes"), ("base_sha256", "abc"), ("base_sha256", "G" * 64), ("base_sha256", 5),
     ],
 )  # fmt: skip
 def test_a_wrong_rule_is_refused_by_name(rule: str, value: Any) -> None:
     assert f"task.json: {rule}:" in refused(QUIET, task={rule: value})
+
+
+def test_a_wrong_threshold_is_told_once() -> None:
+    said = "task.json: threshold: Input should be less than or equal to 1"
+    assert refused(QUIET, task={"threshold": 2}) == said
+    assert refused(QUIET, task={"threshold": {"no": 2}}) == said
 
 
 def test_an_unknown_rule_is_refused_by_name() -> None:

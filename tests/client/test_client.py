@@ -56,6 +56,14 @@ def test_a_single_string_is_one_text() -> None:
     assert server.body["texts"] == ["good"]
 
 
+def test_pairs_are_sent_as_they_are() -> None:
+    pair = {"text": "a dog runs", "text_pair": "an animal moves"}
+    for given in (pair, [pair]):
+        server = serving(json={})
+        client_of(server).predict("nli", given)
+        assert server.body["texts"] == [pair]
+
+
 @pytest.mark.parametrize("threshold", [0.0, 0.7])
 def test_scores_and_threshold_are_sent_when_asked_for(threshold: float) -> None:
     server = serving(json={})

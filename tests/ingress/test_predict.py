@@ -39,6 +39,7 @@ def tokenizer() -> Tokenizer:
             "truncation_side": "right",
             "split_special_tokens": False,
             "type_ids": True,
+            "unk_id": NUM_WORDS,
         }
     )
 
@@ -46,6 +47,11 @@ def tokenizer() -> Tokenizer:
 def score(ids: list[int]) -> float:
     """A number that spells the row."""
     return sum(token * 1009**place for place, token in enumerate(ids)) % 1_000_003 / 1_000_003
+
+
+def share(token: int) -> float:
+    """A token's score of the first label."""
+    return token / NUM_WORDS
 
 
 @dataclass
@@ -69,6 +75,8 @@ class Model:
         await asyncio.sleep(0.02 / len(self.calls))  # later calls end earlier
         if self.errors:
             raise self.errors.pop(0)
+        if problem_type == "token_classification":
+            return [[[share(i), 1 - share(i)] for i in ids] for ids, _ in inputs]
         return [
             "this row broke" if self.broken & set(ids) else [score(ids), 1 - score(ids)]
             for ids, _ in inputs
@@ -230,6 +238,67 @@ async def test_a_regression_gives_values_and_takes_no_threshold(ask: Ask, model:
         await ask("w1", threshold=0.5)
 
 
+@pytest.fixture
+def of_tokens(model: Model) -> None:
+    """Make the task a token classifier, of which the lower words are names."""
+    model.facts |= {
+        "problem_type": "token_classification", "labels": ["O", "B-NAME"], "aggregation": "none",
+    }  # fmt: skip
+
+
+@pytest.mark.usefixtures("of_tokens")
+async def test_entities_have_their_place_in_the_caller_s_text(ask: Ask, model: Model) -> None:
+    answer = await ask("w900  👍 w100\ud800 w250", "", "w999", return_scores=True)
+    assert model.calls[0][2] == "token_classification"
+    assert answer["results"] == [
+        {
+            "prediction": [
+                {"label": "B-NAME", "score": 0.9, "start": 8, "end": 12, "text": "w100"},
+                {"label": "B-NAME", "score": 0.75, "start": 14, "end": 18, "text": "w250"},
+            ],
+            "replaced_characters": 1,
+        },
+        {"prediction": []},
+        {"prediction": []},
+    ]
+
+
+@pytest.mark.usefixtures("of_tokens")
+@pytest.mark.parametrize(
+    ("own", "asked", "found"),
+    [
+        (None, None, ["w100", "w250"]), (0.75, None, ["w100", "w250"]), (0.8, None, ["w100"]),
+        (0.8, 0.1, ["w100", "w250"]), (None, 0.95, []), ({"B-NAME": 0.8}, None, ["w100"]),
+        ({"O": 0.99}, None, ["w100", "w250"]), ({"B-NAME": 0.8}, 0.5, ["w100", "w250"]),
+    ],
+)  # fmt: skip
+async def test_entities_under_their_threshold_are_left_out(
+    ask: Ask, model: Model, own: Any, asked: float | None, found: list[str]
+) -> None:
+    model.facts["threshold"] = own
+    (result,) = (await ask("w900 w100 w250", threshold=asked))["results"]
+    assert [entity["text"] for entity in result["prediction"]] == found
+
+
+@pytest.mark.usefixtures("of_tokens")
+async def test_a_long_text_s_entities_are_those_of_what_was_read(ask: Ask) -> None:
+    (result,) = (await ask("w900 " * 13 + "w100 w200"))["results"]
+    assert [entity["text"] for entity in result["prediction"]] == ["w100"]
+    assert result["truncated"]
+
+
+@pytest.mark.usefixtures("of_tokens")
+async def test_many_scores_of_tokens_come_in_several_answers(
+    ask: Ask, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "_MAX_CALL_SCORES", 24)  # three rows of four tokens, two labels
+    answer = await ask(*(f"w{100 + n} w999" for n in range(10)))
+    assert [len(inputs) for _, _, _, inputs in model.calls] == [3, 3, 3, 1]
+    assert [result["prediction"][0]["score"] for result in answer["results"]] == [
+        pytest.approx(1 - share(100 + n)) for n in range(10)
+    ]
+
+
 async def test_pairs_reach_the_model_as_one_input_with_segments(ask: Ask, model: Model) -> None:
     model.facts["pair"] = True
     await ask({"text": "w1 w2", "text_pair": "w3"}, {"text": "w4", "text_pair": ""})
@@ -249,9 +318,6 @@ PAIR = {"text": "w1", "text_pair": "w2"}
         (["w1"] * 2001, {}, "2001 entries, over the limit of 2000"),
         (["w1", PAIR], {}, "texts[1] must be a string"),
         ([PAIR, "w1"], {"pair": True}, 'texts[1] must be {"text": …, "text_pair": …}'),
-        (["w1", "w2 \ud800"], {}, "texts[1] has half a surrogate pair"),
-        (["\udc00\ud83d"], {}, "texts[0] has half a surrogate pair"),
-        ([{**PAIR, "text_pair": "\udfff"}], {"pair": True}, "texts[0] has half a surrogate pair"),
     ],
 )
 async def test_input_that_does_not_fit_the_task_is_refused_before_the_model(
@@ -264,6 +330,25 @@ async def test_input_that_does_not_fit_the_task_is_refused_before_the_model(
     assert model.calls == []
 
 
+@pytest.mark.parametrize(
+    ("text", "pair", "ids", "replaced"),
+    [
+        ("w1 \ud800 w2", None, [CLS, 1, NUM_WORDS, 2, SEP], 1),
+        ("\udc00\ud83d", None, [CLS, NUM_WORDS, SEP], 2),
+        ("w1 \ufffd \U0001f44d", None, [CLS, 1, NUM_WORDS, NUM_WORDS, SEP], None),
+        ("w1 \ud800", "\udfff w2", [CLS, 1, NUM_WORDS, SEP, NUM_WORDS, 2, SEP], 2),
+    ],
+)
+async def test_half_a_surrogate_pair_is_replaced_and_the_result_says_so(
+    ask: Ask, model: Model, text: str, pair: str | None, ids: list[int], replaced: int | None
+) -> None:
+    model.facts["pair"] = pair is not None
+    (result,) = (await ask(text if pair is None else {"text": text, "text_pair": pair}))["results"]
+    assert result.pop("replaced_characters", None) == replaced
+    assert set(result) == {"prediction"}
+    assert model.calls[0][3][0][0] == ids
+
+
 async def test_as_many_texts_as_the_limit_are_answered(ask: Ask) -> None:
     assert len((await ask(*["w1"] * 2000))["results"]) == 2000
 
@@ -274,11 +359,11 @@ async def test_encoding_does_not_hold_up_the_event_loop(
     turns, begun, encode = 0, asyncio.Event(), tokenizer.encode
     loop = asyncio.get_running_loop()
 
-    def slow(*arguments: Any) -> Any:
+    def slow(*arguments: Any, **named: Any) -> Any:
         loop.call_soon_threadsafe(begun.set)
         # Goes on once the loop has turned, which it could not if it waited here.
         asyncio.run_coroutine_threadsafe(asyncio.sleep(0.05), loop).result(5)
-        return encode(*arguments)
+        return encode(*arguments, **named)
 
     monkeypatch.setattr(tokenizer, "encode", slow)
     call = asyncio.ensure_future(ask("w1"))

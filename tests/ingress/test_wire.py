@@ -159,6 +159,33 @@ def test_several_labels_are_those_at_or_over_the_threshold(
     }
 
 
+@pytest.mark.parametrize(
+    ("own", "asked", "prediction"),
+    [
+        ({"b": 0.71}, None, "Uncertain"), ({"b": 0.7}, None, "b"), ({"a": 0.9}, None, "b"),
+        ({}, None, "b"), ({"b": 0.71}, 0.5, "b"), ({"b": 0.5}, 0.71, "Uncertain"),
+    ],
+)  # fmt: skip
+def test_a_single_label_is_held_against_its_own_threshold(
+    make_facts: MakeFacts, own: dict[str, float], asked: float | None, prediction: str
+) -> None:
+    facts = make_facts(labels=["a", "b"], threshold=own)
+    result = to_result(facts, [0.3, 0.7], return_scores=False, threshold=asked)
+    assert result == {"prediction": prediction}
+
+
+def test_several_labels_have_their_own_thresholds_else_a_half(make_facts: MakeFacts) -> None:
+    facts = make_facts(
+        labels=["a", "b", "c", "d"],
+        problem_type="multi_label_classification",
+        threshold={"a": 0.0, "b": 0.9},
+    )
+    scores = [0.0, 0.8, 0.5, 0.49]
+    result = to_result(facts, scores, return_scores=False, threshold=None)
+    assert result == {"prediction": ["a", "c"]}
+    assert to_result(facts, scores, return_scores=False, threshold=0.6) == {"prediction": ["b"]}
+
+
 def test_a_regression_is_its_value_or_values(make_facts: MakeFacts) -> None:
     facts = make_facts(labels=["x"], problem_type="regression", threshold=0.5)
     result = to_result(facts, [-3.5], return_scores=True, threshold=None)

@@ -99,7 +99,7 @@ def rows_of(base: Base, task: str, slot: int) -> list[Row]:
 def ask(engine: Engine, rows: Sequence[Row], width: int) -> list[torch.Tensor]:
     """The logits of each row of a mixed batch, whose rows may be of texts or of their tokens."""
     with torch.inference_mode():
-        parts = [iter(part if part is not None else ()) for part in engine._forward(rows, width)]
+        parts = [iter(part if part is not None else ()) for part in engine.forward(rows, width)]
     return [next(parts[engine._of_tokens[row.slot]]) for row in rows]
 
 

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -76,17 +76,26 @@ class Oracle:
         self._models: dict[tuple[Path, int], Any] = {}
 
     def scores(
-        self, folder: Path, texts: list[str], *, multi_label: bool = False
+        self,
+        folder: Path,
+        texts: Sequence[str | tuple[str, str]],
+        *,
+        multi_label: bool = False,
+        max_length: int = 128,
+        stride: int | None = None,
     ) -> list[list[float]]:
-        """Returns for each text one probability a label."""
+        """Returns for each text or pair, with a stride for each window, one probability a label."""
         import torch
 
         version = (folder, (folder / "adapter_model.safetensors").stat().st_mtime_ns)
         if version not in self._models:
             self._models[version] = self._load(folder)
+        windows = {} if stride is None else {"stride": stride, "return_overflowing_tokens": True}
         inputs = self._tokenizer(
-            texts, truncation=True, max_length=128, padding=True, return_tensors="pt"
-        )
+            texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt",
+            **windows,
+        )  # fmt: skip
+        inputs.pop("overflow_to_sample_mapping", None)
         with torch.inference_mode():
             logits = self._models[version](**inputs).logits
             return (logits.sigmoid() if multi_label else logits.softmax(1)).tolist()
