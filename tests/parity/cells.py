@@ -11,7 +11,7 @@ from tests.parity.variants import VARIANTS, Variant
 QUANTIZATIONS = ("none", "int8", "nf4")
 WHOLE = ("bert",)  # every variant of it is in a default run
 QUANTIZED = ("bert", "deberta-v3", "llama")
-EVERY = 5  # a default run has one in so many of the others, each architecture other ones
+EVERY = 3  # a default run has one in three of the others, each architecture other ones
 
 
 @dataclass(frozen=True, repr=False)
