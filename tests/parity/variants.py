@@ -199,7 +199,12 @@ TRAINED = (
 OPENED = (
     Variant("opened-embedding", lora(also("embedding")), opened=True),
     Variant("opened-embedding-rslora", lora(also("embedding"), use_rslora=True), opened=True),
-    Variant("opened-embedding-dora", lora(also("embedding"), use_dora=True), opened=True),
+    Variant(
+        "opened-embedding-dora",
+        lora(also("embedding"), use_dora=True),
+        opened=True,
+        want=Refused("only LoRA is served"),
+    ),
     Variant("opened-pooler", lora(**POOLER), opened=True, only=_has_pooler),
     Variant("opened-pooler-dora", lora(use_dora=True, **POOLER), opened=True, only=_has_pooler),
     Variant("opened-bias-all", lora(also("embedding"), bias="all"), opened=True),
