@@ -134,8 +134,8 @@ def _merged(artifact: Artifact, path: str, name: str, parts: Tensors, fields: Te
         if "magnitude" in parts:
             merged = merged * (parts["magnitude"] / _norms(weight, a, b)).unsqueeze(1)
         weight = merged
-        if "lora_bias" in parts and bias is not None:
-            bias = bias + parts["lora_bias"]
+        if "lora_bias" in parts:
+            bias = parts["lora_bias"] if bias is None else bias + parts["lora_bias"]
     if "ia3" in parts and artifact.spec.matching.feeds_forward(path):
         weight = weight * parts["ia3"]
     elif "ia3" in parts:

@@ -178,20 +178,21 @@ class HeadSite(nn.Module):
         super().__init__()
         self.bank = bank
         self.norm = module if isinstance(module, nn.LayerNorm) else None
-        names = [field.name for field in self.fields(module, prefix, max_labels)]
-        self.weight = bank.view(names[0])  # [slots, out, in], of a norm [slots, out]
-        self.bias = bank.view(names[1]) if len(names) > 1 else None  # [slots, out]
+        weight, bias = self.fields(module, prefix, max_labels)
+        self.weight = bank.view(weight.name)  # [slots, out, in], of a norm [slots, out]
+        self.bias = bank.view(bias.name)  # [slots, out]
 
     @staticmethod
     def fields(module: nn.Module, prefix: str, max_labels: int | None) -> tuple[Field, ...]:
-        """Return what a site takes of a bank row; `max_labels` is the last linear's width."""
-        return tuple(
-            Field(
-                f"{prefix}.{name}",
-                (max_labels or parameter.shape[0], *parameter.shape[1:]),
-                torch.float32,
-            )
-            for name, parameter in module.named_parameters(recurse=False)
+        """Return what a site takes of a bank row; `max_labels` is the last linear's width.
+
+        A bias is always there: LoRA on a head may have one where the head has none.
+        """
+        shape: torch.Size = module.weight.shape  # type: ignore[assignment]
+        rows = max_labels or shape[0]
+        return (
+            Field(f"{prefix}.weight", (rows, *shape[1:]), torch.float32),
+            Field(f"{prefix}.bias", (rows,), torch.float32),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -204,8 +205,7 @@ class HeadSite(nn.Module):
         else:
             shape, eps = self.norm.normalized_shape, self.norm.eps
             y = functional.layer_norm(rows, shape, eps=eps) * weight.unsqueeze(1)
-        if self.bias is not None:
-            y = y + self.bank.gather(self.bias).unsqueeze(1)
+        y = y + self.bank.gather(self.bias).unsqueeze(1)
         return y.squeeze(1) if x.ndim == 2 else y
 
 

@@ -199,14 +199,18 @@ TRAINED = (
 OPENED = (
     Variant("opened-embedding", lora(also("embedding")), opened=True),
     Variant("opened-embedding-rslora", lora(also("embedding"), use_rslora=True), opened=True),
-    Variant("opened-embedding-dora", lora(also("embedding"), use_dora=True), opened=True,
-            want=Refused("on which only LoRA is served")),
+    Variant(
+        "opened-embedding-dora",
+        lora(also("embedding"), use_dora=True),
+        opened=True,
+        want=Refused("only LoRA is served"),
+    ),
     Variant("opened-pooler", lora(**POOLER), opened=True, only=_has_pooler),
     Variant("opened-pooler-dora", lora(use_dora=True, **POOLER), opened=True, only=_has_pooler),
     Variant("opened-bias-all", lora(also("embedding"), bias="all"), opened=True),
     Variant("embedding", lora(also("embedding")), want=Refused("add it to lora_targets")),
     Variant("pooler", lora(**POOLER), want=Refused("add it to saved_modules"), only=_is_pooled),
-)  # fmt: skip
+)
 TOKENS = (
     Variant("token-lora", lora(task="TOKEN_CLS")),
     Variant("token-lora-all-linear", lora(task="TOKEN_CLS", **ALL_LINEAR), want=TWICE),
