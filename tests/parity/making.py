@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,8 @@ def make(base: Base, model_folder: str, variant: Variant, folder: Path, seed: in
             logits = answer(peft.eval(), probe())
         more = {"path_initial_model_for_weight_conversion": str(first)} if variant.convert else {}
         peft.save_pretrained(str(folder), **more)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | variant.claims))
     names = [n for n in load_file(folder / "adapter_model.safetensors") if n.endswith(".weight")]
     paths = {name.removeprefix("base_model.model.").rpartition(".")[0] for name in names}
     return Made(folder, num_labels, logits, frozenset(p for p in paths if "lora_" not in p))

@@ -53,8 +53,9 @@ def test_cell(
     refusal = board.refused.get(cell.variant.name)
     if isinstance(want, Refused):
         assert refusal is not None, "it is served, and was to be refused"
-        assert any(want.words in problem for problem in refusal.problems), refusal.problems
-        report.refused(cell, refusal)
+        sentences = [problem for problem in refusal.problems if want.words in problem]
+        assert sentences, refusal.problems
+        report.refused(cell, sentences[0])
         return
     if refusal is not None:
         pytest.fail(str(refusal), pytrace=False)
