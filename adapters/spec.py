@@ -33,7 +33,7 @@ _WITHOUT_EFFECT = {
 _MAX_KEYS = 1000
 _LARGEST = sys.float_info.max
 # Initialisations that leave the base as it is; the others change its weights at training.
-_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 # Methods that add a matrix to a weight, which PEFT can turn into a LoRA.
 _CONVERTIBLE = {
     "C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS", "PSOFT", "RANDLORA",
@@ -185,16 +185,25 @@ def _other_method(peft_type: object) -> str:
     return sentence
 
 
+def _other_base(init: Any) -> str:
+    """Say why an adapter of an initialisation is no plain difference to the base."""
+    sentence = f"init_lora_weights={shorten(init)} changes the base at training"
+    if isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "lora_ga")):
+        # With them PEFT forgets modules_to_save while it converts.
+        return (
+            f"{sentence}; save it as a plain LoRA with path_initial_model_for_weight_conversion "
+            "and put the tensors of its head into that file"
+        )
+    return f"{sentence}; train with another one"
+
+
 def _key_problem(key: str, value: Any) -> str | None:
     """Return a sentence if this key of adapter_config.json asks for what is not served."""
     told = shorten(value)
     if key in _WITHOUT_EFFECT or key in _READ:
         return None
     if key == "init_lora_weights":
-        return None if value in _PLAIN_INITS else (
-            f"init_lora_weights={told} changes the base; save the adapter with "
-            "path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
-        )  # fmt: skip
+        return None if value in _PLAIN_INITS else _other_base(value)
     if key == "bias":
         known = value in (None, "none", "lora_only", "all")
         return None if known else f"bias={told} is not one of 'none', 'lora_only', 'all'"

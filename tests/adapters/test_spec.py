@@ -116,7 +116,7 @@ def test_an_unknown_key_that_is_off_says_nothing(value: Any) -> None:
     good({**QUIET, "a_key_of_tomorrow": value})
 
 
-@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "eva"])
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "eva", "mica"])
 def test_an_initialisation_that_leaves_the_base_alone_is_read(init: Any) -> None:
     good({**QUIET, "init_lora_weights": init})
 

@@ -142,7 +142,6 @@ METHODS = (
     prompt("PrefixTuningConfig", "prefix_tuning"),
     prompt("PromptEncoderConfig", "p_tuning", encoder_hidden_size=16),
     prompt("CartridgeConfig", "cartridge"),
-    feature("lora-mica", "init_lora_weights='mica'", init_lora_weights="mica"),
     feature("lora-invocation-tokens", "alora_invocation_tokens=", alora_invocation_tokens=[5, 6]),
     feature("lora-trainable-tokens", "trainable_token_indices=", trainable_token_indices=[5, 6]),
     feature("lora-velora", "velora_config=", velora_config=VeloraConfig()),

@@ -223,6 +223,7 @@ TOKENS = (
 INITS = (
     Variant("init-gaussian", lora(init_lora_weights="gaussian")),
     Variant("init-orthogonal", lora(init_lora_weights="orthogonal")),
+    Variant("init-mica", lora(init_lora_weights="mica")),
     Variant("init-eva", lora(init_lora_weights="eva", eva_config=EvaConfig())),
     Variant("init-pissa", lora(init_lora_weights="pissa"), want=MUTATED),
     Variant("init-olora", lora(init_lora_weights="olora"), want=MUTATED),
