@@ -70,6 +70,7 @@ class Geometry:
         graphs: Task type -> how it is answered.
         linears: Every linear of the encoder, site or not.
         embeddings: Every embedding of the encoder that may be targeted, site or not.
+        whole: Every module of the encoder that adapters could bring whole.
         max_rank: Largest LoRA rank that a slot can hold.
         max_labels: Largest number of labels that a slot can hold.
         max_positions: Longest input in tokens, None where positions have no end.
@@ -85,6 +86,7 @@ class Geometry:
     max_labels: int
     max_positions: int | None
     embeddings: frozenset[str] = frozenset()
+    whole: frozenset[str] = frozenset()
     base_aliases: frozenset[str] = frozenset()
     tokenizer: BaseTokenizer | None = None
 

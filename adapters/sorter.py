@@ -10,7 +10,7 @@ import torch
 from adapters.geometry import Geometry, Graph, HeadShape
 from adapters.spec import Spec
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _SHOWN = 4  # names listed before "and N more": a wrong base leaves hundreds
 # How PEFT names what it stores of a module, and what we call it.
 _PARTS = (
@@ -66,7 +66,7 @@ class Sorter:
             return
         path, part = _split(name)
         want = self._shape(path, part, tensor) if part else None
-        if want is None:
+        if want is None or f"{path}.{part}" in self._seen:  # `x.base_layer.bias` beside `x.bias`
             self._unmatched.append(name)
             return
         self._seen.add(f"{path}.{part}")
@@ -105,8 +105,10 @@ class Sorter:
         head = self.graph.heads.get(path)
         if head is not None and part in ("weight", "bias"):
             return self._head_shape(head, part, tensor)
-        if part in ("weight", "bias") and self._saved_whole(path):
-            return self._refuse(f"{path} is not served; add it to saved_modules")
+        if part in ("weight", "bias") and self._brings(path):
+            if path in self.geometry.whole:
+                return self._refuse(f"{path} is not served whole; add it to saved_modules")
+            return self._refuse(f"{path} is brought whole, as only linears and LayerNorms can be")
         if part == "weight":
             # PEFT saves whole embeddings too, where it takes them for resized or trained.
             return tuple(tensor.shape) if path in self.geometry.embeddings else None
@@ -126,10 +128,11 @@ class Sorter:
             return self._refuse(f"{path} is an embedding, on which only LoRA is served")
         return _stored_shape(part, self.spec, path, site.in_features, site.out_features)
 
-    def _saved_whole(self, path: str) -> bool:
-        """Tell whether the adapter was trained with a module of the encoder replaced."""
-        known = path in self.geometry.sites or path in self.geometry.linears
-        return known and self.spec.matching.saves(path)
+    def _brings(self, path: str) -> bool:
+        """Tell whether the adapter was trained with a module before its head replaced."""
+        known = {linear.partition(".")[0] for linear in self.geometry.linears}
+        inside = path.partition(".")[0] in known and path not in self.geometry.embeddings
+        return inside and self.spec.matching.saves(path)
 
     def _refuse(self, problem: str) -> tuple[int, ...]:
         if problem not in self.problems:
@@ -144,6 +147,9 @@ class Sorter:
         if self.spec.matching.target_modules == "all-linear" and path not in self.geometry.linears:
             return False
         return self.spec.matching.targets(path)
+
+    def _targetable(self) -> list[str]:
+        return [*self.geometry.linears, *self.geometry.embeddings, *self.graph.heads]
 
     def _promises_bias(self, path: str) -> bool:
         lora = self.spec.bias == "lora_only" and self._targeted(path)
@@ -171,6 +177,8 @@ class Sorter:
             if head.labelled and not brought and head.in_base:
                 self.num_labels = head.parameters["weight"][0]
         self._compare_doubles()
+        if not any(map(self._targeted, self._targetable())):
+            self.problems.append("target_modules matches no module of this base")
         ranks = {self.spec.rank, *self.spec.rank_pattern.values()}
         if max(ranks) > self.geometry.max_rank:
             self.problems.append(
@@ -214,8 +222,7 @@ class Sorter:
     def _missing_parts(self) -> list[str]:
         """Return what the spec promises of the encoder and the file has not."""
         promised = []
-        every = [*self.geometry.linears, *self.geometry.embeddings, *self.graph.heads]
-        for path in sorted(filter(self._targeted, every)):
+        for path in sorted(filter(self._targeted, self._targetable())):
             promised += [f"{path}.{part}" for part in _promised(self.spec)]
         for path, site in self.geometry.sites.items():
             if site.bias and self._promises_bias(path):
@@ -225,10 +232,10 @@ class Sorter:
 
 def _split(name: str) -> tuple[str, str]:
     """Return a stored name's module path and part; the part is empty if it is none of ours."""
-    if name.startswith(_PREFIX):
+    if name.startswith(PREFIX):
         for ending, part in _PARTS:
             if name.endswith(ending):
-                return name.removeprefix(_PREFIX).removesuffix(ending), part
+                return name.removeprefix(PREFIX).removesuffix(ending), part
     return name, ""
 
 

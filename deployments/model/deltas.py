@@ -109,7 +109,7 @@ class Deltas:
         own: torch.Tensor = self.modules[name.removesuffix(".weight")].weight  # type: ignore[assignment]
         if own.shape != tensor.shape:
             return f"its embedding was resized to {len(tensor)} tokens, the base has {len(own)}"
-        if not own.detach().float().cpu().equal(tensor):
+        if not own.detach().cpu().equal(tensor.to(own.dtype)):
             return f"{name} is not the base's: whole embeddings are not served"
         return None
 

@@ -105,6 +105,7 @@ class Encoder:
             graphs=layout.graphs,
             linears=layout.linears,
             embeddings=layout.embeddings,
+            whole=layout.whole,
             max_rank=max_rank,
             max_labels=max_labels,
             max_positions=self.max_positions,
@@ -114,17 +115,16 @@ class Encoder:
         self, checkpoint: Checkpoint, layout: Layout, max_labels: int
     ) -> dict[TaskType, HeadGraph]:
         """Put head sites into their places, and return the graph of each task type."""
-        pad_id = self.config.get_text_config().pad_token_id
+        config = self.config.get_text_config()
         # No row has this id: without padding every token counts.
-        pad_id = self.config.get_text_config().vocab_size if pad_id is None else pad_id
+        pad_id = config.vocab_size if self.pad_id is None else self.pad_id
         for task_type, model in checkpoint.models.items():
             for path, name, module, labels in layout.head_sites(task_type, max_labels):
-                inside = path.startswith(model.base_model_prefix + ".")
-                _replace(
-                    self.model if inside else model,
-                    path,
-                    HeadSite(module, name, self.bank, labels),
-                )
+                inside = path.startswith(layout.prefix)
+                # Nothing of the encoder reads what a pooler gives.
+                within = inside and "pooler" not in path.split(".")
+                site = HeadSite(module, name, self.bank, labels, within=within)
+                _replace(self.model if inside else model, path, site)
         return {t: HeadGraph(_headless(m), pad_id) for t, m in checkpoint.models.items()}
 
     def _install(self, layout: Layout, dtype: torch.dtype, max_rank: int) -> None:
@@ -171,6 +171,13 @@ class Encoder:
             rows = torch.tensor(chosen, device=ids.device)
             parts.append(self._graphs[task_type](encoded, ids, mask, rows))  # type: ignore[index]
         return Logits(*parts)
+
+    @cached_property
+    def pad_id(self) -> int | None:
+        """What rows are padded with, None if the base names none that its vocabulary has."""
+        config = self.config.get_text_config()
+        pad_id: int | None = config.pad_token_id
+        return pad_id if pad_id is not None and 0 <= pad_id < config.vocab_size else None
 
     @cached_property
     def sha256(self) -> str | None:

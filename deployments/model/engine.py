@@ -94,7 +94,7 @@ class Engine:
         )
         config = self.encoder.config.get_text_config()
         self._num_ids: int = config.vocab_size
-        self._pad_id: int = config.pad_token_id or 0
+        self._pad_id = self.encoder.pad_id or 0  # any will do where the base has none
         self._num_labels = [0] * (adapter_slots + 1)
         self._of_tokens = [False] * (adapter_slots + 1)
 

@@ -17,6 +17,8 @@ from deployments.model.bank import Field
 from deployments.model.checkpoint import Checkpoint, linears_of
 from deployments.model.sites import EmbeddingSite, HeadSite, LinearSite, ShiftSite, features
 
+# What adapters may bring whole.
+_WHOLE = (nn.Linear, nn.LayerNorm)
 # What, beside linears that are not targeted, may have a bias of an adapter's own.
 _BIASED = (nn.Linear, Conv1D, nn.LayerNorm, nn.Conv1d)
 
@@ -29,6 +31,7 @@ class Layout:
         model: The classifier of sequences, whose encoder all task types share.
         linears: Every linear of the encoder that is not a head's.
         embeddings: Every embedding of the encoder that adapters may target.
+        whole: Every module of the encoder that adapters could bring whole.
         sites: Module path -> what kind of site it becomes.
         heads: Task type -> module path -> linear or norm that adapters bring whole. The last one
             gives the logits.
@@ -38,6 +41,7 @@ class Layout:
     model: PreTrainedModel
     linears: frozenset[str]
     embeddings: frozenset[str]
+    whole: frozenset[str]
     sites: dict[str, Literal["linear", "embedding", "shift"]]
     heads: dict[TaskType, dict[str, nn.Module]]
     graphs: dict[TaskType, Graph]
@@ -135,7 +139,19 @@ def find_layout(
         )
         for task_type, of_type in checkpoint.models.items()
     }
-    return Layout(model, frozenset(linears), frozenset([embedding]), sites, heads, graphs)
+    return Layout(
+        model=model,
+        linears=frozenset(linears),
+        embeddings=frozenset([embedding]),
+        whole=frozenset(
+            path
+            for path, module in model.named_modules()
+            if isinstance(module, _WHOLE) and path.startswith(prefix)
+        ),
+        sites=sites,
+        heads=heads,
+        graphs=graphs,
+    )
 
 
 def is_target(path: str, targets: Collection[str] | None) -> bool:
@@ -168,8 +184,13 @@ def _head(
         chosen = inside and _is_below(path, saved_modules)
         if not own or (inside and not own & lacking and not chosen):
             continue
+        if chosen and not isinstance(module, _WHOLE):
+            raise BaseUnavailable(
+                f"saved_modules={path!r} is a {type(module).__name__}; only linears and LayerNorms "
+                "can be brought whole"
+            )
         needed |= own
-        if isinstance(module, (nn.Linear, nn.LayerNorm)):
+        if isinstance(module, _WHOLE):
             # The encoder's modules are the shared model's, whichever class names them.
             head[path] = model.get_submodule(path) if inside else module
             held |= own

@@ -173,10 +173,27 @@ class HeadSite(nn.Module):
     beyond an adapter's labels are zero.
     """
 
-    def __init__(self, module: nn.Module, prefix: str, bank: Bank, max_labels: int | None) -> None:
-        """Take the place of a module, whose own weights are never used."""
+    def __init__(
+        self,
+        module: nn.Module,
+        prefix: str,
+        bank: Bank,
+        max_labels: int | None,
+        *,
+        within: bool = False,
+    ) -> None:
+        """Take the place of a module, whose own weights are never used.
+
+        Args:
+            module: A linear or a norm.
+            prefix: Its name in the bank.
+            bank: Where the weights are.
+            max_labels: Width of the last linear, None for all others.
+            within: Whether the encoder goes on behind it, in the dtype of its input.
+        """
         super().__init__()
         self.bank = bank
+        self.within = within
         self.norm = module if isinstance(module, nn.LayerNorm) else None
         weight, bias = self.fields(module, prefix, max_labels)
         self.weight = bank.view(weight.name)  # [slots, out, in], of a norm [slots, out]
@@ -196,7 +213,11 @@ class HeadSite(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map [rows, in] or [rows, tokens, in], any float dtype, to the same with out, fp32."""
+        """Map [rows, in] or [rows, tokens, in], any float dtype, to the same with out, fp32.
+
+        Within the encoder the result has the dtype of the input.
+        """
+        dtype = x.dtype if self.within else torch.float32
         x = x.float()
         rows = x.unsqueeze(1) if x.ndim == 2 else x
         weight = self.bank.gather(self.weight)
@@ -205,7 +226,7 @@ class HeadSite(nn.Module):
         else:
             shape, eps = self.norm.normalized_shape, self.norm.eps
             y = functional.layer_norm(rows, shape, eps=eps) * weight.unsqueeze(1)
-        y = y + self.bank.gather(self.bias).unsqueeze(1)
+        y = (y + self.bank.gather(self.bias).unsqueeze(1)).to(dtype)
         return y.squeeze(1) if x.ndim == 2 else y
 
 

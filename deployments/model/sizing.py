@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
 from adapters.matching import Matching
+from adapters.pattern import PatternTooSlow, fullmatch, pattern_problem
+from adapters.sorter import PREFIX
 from adapters.store import Store
 from deployments.base import BaseName
 from deployments.config import GIB, MAX_LABELS, MAX_RANK, Args, ConfigError
@@ -107,24 +108,25 @@ def _survey(store: Store, layout: Layout) -> _Held:
         for path, head in graph.heads.items()
         if head.labelled
     ]
-    inside = [
-        path
-        for path, module in layout.model.base_model.named_modules(prefix=layout.prefix[:-1])
-        if isinstance(module, (nn.Linear, nn.LayerNorm))
-    ]
     for task in store.tasks():
-        config, shapes = store.summary(task, labelled)
+        config, shapes = store.summary(task, labelled + [f"{path}.weight" for path in layout.whole])
         patterns = config.get("rank_pattern")
         more = patterns.values() if isinstance(patterns, dict) else ()
         rank = max([rank, *(_measure(r, MAX_RANK) for r in (config.get("r"), *more))])
         names = config.get("target_modules")
         if isinstance(names, str):  # "all-linear", or a regular expression
-            targets.update(layout.linears)
+            targets.update(layout.linears, filter(_matcher(names), layout.embeddings))
         else:
             targets.update(_names(names))
         whole = Matching((), modules_to_save=tuple(_names(config.get("modules_to_save"))))
-        saved.update(path for path in inside if whole.saves(path))
-        heads = [s for s in shapes.values() if isinstance(s, list) and len(s) == 2]
+        # Only what it has: a config that promises more is refused, and must cost nobody a thing.
+        stored = {name.removeprefix(PREFIX).removesuffix(".weight") for name in shapes}
+        saved.update(path for path in layout.whole & stored if whole.saves(path))
+        heads = [
+            shape
+            for name, shape in shapes.items()
+            if name.endswith(tuple(labelled)) and isinstance(shape, list) and len(shape) == 2
+        ]
         labels = max([labels, *(_measure(rows, MAX_LABELS) for rows, _ in heads)])
     # An adapter names the embedding by its end.
     embeddings = {p for p in layout.embeddings if any(f".{p}".endswith(f".{t}") for t in targets)}
@@ -132,7 +134,20 @@ def _survey(store: Store, layout: Layout) -> _Held:
 
 
 def _names(value: object) -> list[str]:
-    return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
+    values = value if isinstance(value, list) else [value]
+    return [name for name in values if isinstance(name, str) and name]
+
+
+def _matcher(pattern: str) -> Callable[[str], bool]:
+    """Return what tells whether a pattern of targets has a path; one that is no good has none."""
+
+    def matches(path: str) -> bool:
+        try:
+            return pattern_problem(pattern) is None and fullmatch(pattern, path)
+        except PatternTooSlow:
+            return False
+
+    return matches
 
 
 def _measure(value: object, largest: int) -> int:

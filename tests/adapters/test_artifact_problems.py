@@ -81,6 +81,25 @@ def test_a_tensor_that_matches_nothing_is_refused_by_name(
     assert problem == f"tensors that match nothing here: {name}"
 
 
+def test_targets_that_match_nothing_are_refused(
+    refused: Refused, config: Config, tensors: Tensors
+) -> None:
+    config["target_modules"] = ["q_proj"]
+    for name in [name for name in tensors if "lora_" in name]:
+        del tensors[name]
+    assert refused() == ("target_modules matches no module of this base",)
+
+
+def test_a_tensor_that_is_stored_under_two_names_is_refused(
+    refused: Refused, config: Config, tensors: Tensors
+) -> None:
+    config["bias"] = "lora_only"
+    for layer in (0, 1):
+        tensors[f"{PREFIX}bert.layer.{layer}.query.base_layer.bias"] = torch.zeros(4)
+    tensors[f"{PREFIX}{QUERY}.bias"] = torch.ones(4)
+    assert refused() == (f"tensors that match nothing here: {PREFIX}{QUERY}.bias",)
+
+
 def test_a_linear_without_a_bias_takes_none(refused: Refused, geometry: Geometry) -> None:
     graph = geometry.graphs["SEQ_CLS"]
     heads = {**graph.heads, "classifier": HeadShape({"weight": (2, 6)}, labelled=True)}

@@ -1,5 +1,6 @@
 """Heads: brought, lent by the base, changed by LoRA, of sequences and of tokens."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,11 +16,18 @@ from transformers import (
     BertForTokenClassification,
     BertModel,
     BitsAndBytesConfig,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaModel,
 )
 
 from adapters.errors import AdapterRefused
 from adapters.store import WEIGHTS, Store
+from deployments.base import BaseName, BaseUnavailable
+from deployments.config import Args
 from deployments.model.engine import Engine
+from deployments.model.sizing import choose_sizes
 from deployments.rows import Prediction, Row, Tokens
 
 NUM_LABELS = 3  # of the heads that the bases bring
@@ -28,6 +36,10 @@ BERT = BertConfig(
     intermediate_size=48, max_position_embeddings=40, initializer_range=0.2,
     num_labels=NUM_LABELS,
 )  # fmt: skip
+LLAMA = {
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48,
+    "max_position_embeddings": 40, "initializer_range": 0.2,
+}  # fmt: skip
 INPUTS = [list(range(2, 20)), [7, 8, 9], [60], list(range(40, 2, -1))]
 TOLERANCE = 2e-4
 
@@ -142,7 +154,9 @@ def test_a_pooler_that_an_adapter_brings_is_its_own(tiny_base: str, tmp_path: Pa
                 task_type=TaskType.SEQ_CLS),
     }  # fmt: skip
     store = Store(tmp_path)
-    with pytest.raises(AdapterRefused, match=r"bert\.pooler\.dense is not served; add it to saved"):
+    with pytest.raises(
+        AdapterRefused, match=r"pooler\.dense is not served whole; add it to saved_"
+    ):
         load(tiny_base).read(store.read("pooler"))
     engine = load(tiny_base, saved_modules=["pooler"])
     for slot, task in enumerate(("pooler", "plain", "adapted"), start=1):
@@ -151,6 +165,81 @@ def test_a_pooler_that_an_adapter_brings_is_its_own(tiny_base: str, tmp_path: Pa
         for ids in INPUTS:
             expected = want(peft, ids)
             assert (answer(engine, slot, ids)[: len(expected)] - expected).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("saved", ["output.LayerNorm", "layer.1", "pooler"])
+def test_modules_of_the_encoder_may_be_an_adapter_s_own_beside_one_that_has_none(
+    tiny_base: str, tmp_path: Path, saved: str, dtype: torch.dtype
+) -> None:
+    seq = {"task_type": TaskType.SEQ_CLS, "target_modules": ["0.attention.self.query"]}
+    pefts = {
+        1: make(tmp_path / "own", tiny_base, modules_to_save=[saved], **seq),
+        2: make(tmp_path / "plain", tiny_base, **seq),
+    }
+    store = Store(tmp_path)
+    args = Args(base_model=tiny_base, adapter_store=str(tmp_path))
+    sizes = choose_sizes(args, BaseName.parse(tiny_base), store, dtype)
+    assert sizes.saved_modules
+    engine = load(tiny_base, saved_modules=sizes.saved_modules, dtype=dtype)
+    for slot, task in enumerate(("own", "plain"), start=1):
+        engine.write(slot, engine.read(store.read(task)))
+    rows = [Row(slot, Tokens(ids)) for ids in INPUTS for slot in pefts]
+    with torch.inference_mode():
+        logits = engine.logits(rows)
+    tolerance = TOLERANCE if dtype == torch.float32 else 0.2
+    for row, got in zip(rows, logits, strict=True):
+        expected = want(pefts[row.slot], row.tokens.ids)
+        assert (got[:NUM_LABELS] - expected).abs().max() <= tolerance
+    assert (logits[0::2] - logits[1::2]).abs().max() > 2 * tolerance
+
+
+def test_what_cannot_be_brought_whole_is_refused_by_name(
+    save_base: SaveBase, tmp_path: Path
+) -> None:
+    small = {"vocab_size": 64, "pad_token_id": 0}
+    gpt2 = save_base(GPT2Model, GPT2Config(n_embd=32, n_layer=1, n_head=4, n_positions=40, **small))
+    make(tmp_path / "conv", gpt2, task_type=TaskType.SEQ_CLS, target_modules=["c_attn"],
+         modules_to_save=["mlp.c_proj"], fan_in_fan_out=True)  # fmt: skip
+    with pytest.raises(AdapterRefused, match=r"mlp\.c_proj is brought whole, as only linears and"):
+        load(gpt2).read(Store(tmp_path).read("conv"))
+    with pytest.raises(BaseUnavailable, match=r"saved_modules='.*c_proj' is a Conv1D; only"):
+        load(gpt2, saved_modules=["mlp.c_proj"])
+    llama = save_base(LlamaModel, LlamaConfig(**small, **LLAMA))
+    make(tmp_path / "norm", llama, task_type=TaskType.SEQ_CLS, target_modules=["q_proj"],
+         modules_to_save=["norm"])  # fmt: skip
+    with pytest.raises(AdapterRefused, match=r"model\.norm is brought whole, as only linears and"):
+        load(llama).read(Store(tmp_path).read("norm"))
+
+
+@pytest.mark.parametrize("pad_id", [-1, None, 7])
+def test_any_pad_id_pads_rows_of_several_lengths(
+    save_base: SaveBase, tmp_path: Path, pad_id: int | None
+) -> None:
+    base = save_base(LlamaModel, LlamaConfig(vocab_size=64, pad_token_id=0, **LLAMA))
+    config = Path(base) / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "pad_token_id": pad_id}))
+    peft = make(
+        tmp_path / "task", base, task_type=TaskType.SEQ_CLS, target_modules=["q_proj", "v_proj"]
+    )
+    engine = load(base)
+    engine.write(1, engine.read(Store(tmp_path).read("task")))
+    with torch.inference_mode():
+        logits = engine.logits([Row(1, Tokens(ids)) for ids in INPUTS])
+    for ids, got in zip(INPUTS, logits, strict=True):
+        assert (got[:NUM_LABELS] - want(peft, ids)).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copy_of_the_embedding_is_known_in_any_dtype(
+    tiny_base: str, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    make(tmp_path / "whole", tiny_base, task_type=TaskType.SEQ_CLS)
+    file = tmp_path / "whole" / WEIGHTS
+    own = BertModel.from_pretrained(tiny_base).embeddings.word_embeddings.weight.data
+    name = "base_model.model.bert.embeddings.word_embeddings.weight"
+    save_file(load_file(file) | {name: own.clone()}, file)
+    load(tiny_base, dtype=dtype).read(Store(tmp_path).read("whole"))
 
 
 def test_a_whole_embedding_is_taken_only_if_it_is_the_base_s(

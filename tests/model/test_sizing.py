@@ -1,5 +1,7 @@
 """`auto`: all linears, rank 16, 16 labels and 64 slots; more for the store, less for the memory."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,6 +75,30 @@ def test_a_budget_for_no_adapter_at_all_is_refused(
         ConfigError, match=r"max_bank_gib=1e-06 does not hold adapter_slots=auto; raise"
     ):
         sizes_of(wide_store, max_bank_gib=1e-6)
+
+
+def test_an_embedding_is_found_by_name_and_by_pattern(
+    sizes_of: Callable[..., Sizes], tmp_path: Path, wide_store: Store
+) -> None:
+    for index, targets in enumerate((["query", "word_embeddings"], r".*(query|word_embeddings)")):
+        root = tmp_path / str(index)
+        shutil.copytree(wide_store.root, root)
+        file = root / "wide" / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "target_modules": targets}))
+        found = sizes_of(Store(root)).lora_targets
+        assert found is not None
+        assert "bert.embeddings.word_embeddings" in found
+        assert "bert.encoder.layer.1.output.dense" in found
+
+
+@pytest.mark.parametrize("saved", [[""], ["dense", "classifier"], "LayerNorm", [5], None])
+def test_modules_that_a_config_names_and_the_file_has_not_cost_nobody_anything(
+    sizes_of: Callable[..., Sizes], tmp_path: Path, wide_store: Store, saved: object
+) -> None:
+    shutil.copytree(wide_store.root, tmp_path / "store")
+    file = tmp_path / "store" / "wide" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "modules_to_save": saved}))
+    assert sizes_of(Store(tmp_path / "store")) == Sizes(64, 24, 40, None)
 
 
 def test_a_broken_folder_counts_as_nothing(
