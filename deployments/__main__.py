@@ -13,6 +13,8 @@ import threading
 
 def main() -> int:
     """Run `deployments.run` in a session of its own; return its exit status."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_DFL)  # nothing runs yet that must be stopped
     mine, theirs = os.pipe()  # never written to: it closes when this process ends, however it ends
     child = os.fork()
     if child == 0:
@@ -26,8 +28,6 @@ def main() -> int:
 
 def _serve(parent: int) -> int:
     os.setsid()
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_DFL)  # nothing runs yet that must be stopped
     from deployments import run
 
     threading.Thread(target=_stop_after, args=(parent,), daemon=True).start()
