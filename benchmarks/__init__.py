@@ -1,0 +1,1 @@
+"""One module, one question; `python -m benchmarks` asks them all."""
