@@ -98,7 +98,7 @@ def test_thresholds_are_by_the_adapter_s_own_labels(read: Read, refused: Refused
 def tokens(geometry: Geometry, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     """Make the folder that `read` and `refused` write a token classifier's."""
     config["task_type"] = "TOKEN_CLS"
-    geometry.graphs["TOKEN_CLS"] = geometry.graphs["SEQ_CLS"]  # type: ignore[index]
+    geometry.graphs["TOKEN_CLS"] = geometry.graphs["SEQ_CLS"]
 
 
 @pytest.mark.usefixtures("tokens")

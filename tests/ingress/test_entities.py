@@ -164,7 +164,7 @@ def test_spans_count_the_caller_s_characters() -> None:
 def test_a_token_is_read_where_most_stands_on_both_sides_of_it(stride: int, side: str) -> None:
     text = " ".join(f"word{n}" for n in range(40))
     vocabulary = {**export_vocabulary_of_base(), "truncation_side": side}
-    ours = Tokenizer(vocabulary)  # type: ignore[arg-type]
+    ours = Tokenizer(vocabulary)
     (whole,) = ours.encode([text], 512, spans=True)
     windows = (
         ours.windows([text], 12, stride, "longest_first", max_windows=999, spans=True) or [[]]
