@@ -91,8 +91,9 @@ class Run:
 class Bank:
     """`[pages, page_bytes]`: loading an adapter is a copy or a few, forgetting it none at all.
 
-    Page 0 is zero, which adds nothing to a product. Slots are names for residents, from 1 on. Used
-    by one thread at a time, but for `pack`.
+    Page 0 is zero, which adds nothing to a product. Slots are names for residents, from 1 on; slot
+    0 changes nothing, and its rows go through the plain base. Used by one thread at a time, but for
+    `pack`.
     """
 
     def __init__(
@@ -117,7 +118,9 @@ class Bank:
         self._body = self.memory.view(dtype)
         self._heads = self.memory.view(torch.float32)
         self._free = Pages(1, 1 + self.num_pages)
-        self._seats: dict[int, _Seat] = {}
+        nothing = torch.empty(0, dtype=torch.int64, device=device)
+        nobody = Packed(self.memory[:0].cpu(), Packing({}, 0), {})
+        self._seats = {0: _Seat(nobody, [], nothing, nothing)}
         self._packings: WeakValueDictionary[tuple[object, ...], Packing] = WeakValueDictionary()
         self.runs: list[Run] = []
         self.rows: list[_Seat] = []
