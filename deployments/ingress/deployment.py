@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import zlib
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -35,6 +36,9 @@ class Ingress:
         self, model: DeploymentHandle[Any], args: Args
     ) -> None:
         """Fetch the base's tokenizer; the replica takes traffic when this returns."""
+        # One text at a time in each of our threads: the Rust library's own pool would be as large
+        # as the machine, and its cores are the forward's. It reads this with every call.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self._model = model
         self._args = args
         self._tasks = Tasks(Store(args.adapter_store), self._describe)
