@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import random
 import statistics
@@ -36,6 +37,7 @@ Request = tuple[str, list[int]]  # task, token ids
 
 def main() -> None:
     """Measure traffic over more adapters than slots, first touches and prefetches."""
+    logging.getLogger("ray.serve").setLevel(logging.CRITICAL)  # else a line for each load
     asyncio.run(measure())
 
 

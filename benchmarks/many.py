@@ -7,6 +7,7 @@ The start is that of the application, `python -m deployments`, up to the first a
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -38,6 +39,7 @@ RANKS = (1, 2, 3, 4)
 
 def main() -> None:
     """Measure stores of 10, 1,000 and 10,000 adapters, and the start with 4 and 10,000."""
+    logging.getLogger("ray.serve").setLevel(logging.CRITICAL)  # else a line for each load
     with tempfile.TemporaryDirectory() as folder:
         base = base_folder("MiniLM", Path(folder))
         stores = {}
@@ -45,6 +47,7 @@ def main() -> None:
             stores[count] = Path(folder) / f"store-{count}"
             write_fleet(stores[count], base, count, RANKS)
         found = [asyncio.run(lookups(base, stores[count], count)) for count in COUNTS]
+        # What a resident adapter takes of the bank, by its own bytes, is a part still to come.
         found.append(starts(base, stores[FEW], stores[max(COUNTS)]))
     save("many", found)
     print(as_table(found))

@@ -97,7 +97,7 @@ class Model:
         return to_facts(loaded.artifact, self._max_length)
 
     async def prefetch(self, tasks: Collection[str]) -> None:
-        """Bring tasks into host RAM, one after the other and after everybody else's loads.
+        """Bring tasks into host RAM, one after the other, so that other loads need not wait.
 
         While rows are answered it takes a share of the time only. A task that cannot be served is
         left for its first request to say so.
