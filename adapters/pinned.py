@@ -16,8 +16,8 @@ class Keeps(Protocol):
     async def keep(self, version: str) -> None:
         """Load a version into a slot if it is in none, and evict it no more."""
 
-    def release(self, version: str) -> None:
-        """Let a kept version be evicted again."""
+    def let_go(self, version: str) -> None:
+        """Let a version be evicted again; it need not have been kept."""
 
 
 class Pinned:
@@ -50,7 +50,7 @@ class Pinned:
             return
         old, self._kept[task] = self._kept[task], version
         if old is not None:
-            self._slots.release(old)
+            self._slots.let_go(old)
         try:
             await self._slots.keep(version)
         except Exception as error:  # it is answered all the same, until others need the slot

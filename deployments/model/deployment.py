@@ -88,11 +88,7 @@ class Model:
         Raises:
             AdapterError: The task is not there, not complete, or refused with all its problems.
         """
-        try:
-            loaded = await self._read(task)
-        except AdapterRefused as error:
-            logger.warning("adapter=%s refused: %s", task, "; ".join(error.problems))
-            raise
+        loaded = await self._read(task)
         self.host.put(f"{task}@{loaded.artifact.version}", loaded)
         return to_facts(loaded.artifact, self._max_length)
 
@@ -173,7 +169,11 @@ class Model:
         """
         look = await self._off_loop(self.store.look, task)
         with self.failures.remembering(f"{task}@{version or ''}", look):
-            return await self._off_loop(self._read_now, task, version)
+            try:
+                return await self._off_loop(self._read_now, task, version)
+            except AdapterRefused as error:
+                logger.warning("adapter=%s refused: %s", task, "; ".join(error.problems))
+                raise
 
     def _read_now(self, task: str, version: str | None) -> Loaded:
         files = self.store.read(task)

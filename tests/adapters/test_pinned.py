@@ -20,7 +20,7 @@ class Seats:
             raise ValueError("no slot is left")
         self.kept.append(version)
 
-    def release(self, version: str) -> None:
+    def let_go(self, version: str) -> None:
         self.kept.remove(version)
 
 
