@@ -102,7 +102,7 @@ class Args(BaseModel):
     num_cpus: Annotated[int, Field(ge=1)] | None = Field(
         None,
         description="CPUs a model replica reserves and computes with; unless said, it reserves "
-        "one and computes with its node's, shared with the other replicas there.",
+        "one and computes with its share of its node's, less one for all that is no forward.",
     )
 
     max_request_rows: Annotated[int, Field(ge=1)] = Field(

@@ -12,7 +12,10 @@ _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def forward_threads(args: Args, num_nodes: int) -> int:
-    """Return the threads of a replica's forward: `num_cpus`, else its share of the node.
+    """Return the threads of a replica's forward: `num_cpus`, else its share of all CPUs but one.
+
+    That one is the event loops' and the tokeniser's: threads of a forward wait for each other in
+    every operation, and so for whichever of them lost its CPU.
 
     Args:
         args: The configuration, `device` decided.
@@ -23,7 +26,7 @@ def forward_threads(args: Args, num_nodes: int) -> int:
     if args.device == "cuda":  # what is left to the CPU there is one thread's work
         return count_cpus()
     replicas = args.num_replicas or args.max_replicas or 1
-    return max(1, count_cpus() // math.ceil(replicas / max(1, num_nodes)))
+    return max(1, (count_cpus() - 1) // math.ceil(replicas / max(1, num_nodes)))
 
 
 def count_cpus(quota: Path = _QUOTA) -> int:

@@ -21,15 +21,15 @@ def sixteen_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("given", "num_nodes", "want"),
     [
-        ({}, 1, 16),
+        ({}, 1, 15),
         ({"num_cpus": 3}, 1, 3),
         ({"num_cpus": 3, "num_replicas": 8}, 1, 3),
-        ({"num_replicas": 4}, 1, 4),
-        ({"num_replicas": 4}, 4, 16),
-        ({"num_replicas": 5}, 4, 8),
-        ({"max_replicas": 8}, 1, 2),
+        ({"num_replicas": 4}, 1, 3),
+        ({"num_replicas": 4}, 4, 15),
+        ({"num_replicas": 5}, 4, 7),
+        ({"max_replicas": 7}, 1, 2),
         ({"num_replicas": 100}, 1, 1),
-        ({"num_replicas": 4}, 0, 4),
+        ({"num_replicas": 4}, 0, 3),
         ({"num_replicas": 4, "device": "cuda"}, 1, 16),
     ],
 )
