@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG, S_ISSOCK
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from adapters.errors import (
     TASK_NAME,
-    AdapterError,
     AdapterIncomplete,
     AdapterRefused,
     TaskNotFound,
@@ -159,31 +157,6 @@ class Store:
         if self.look(task).entries != before.entries:
             raise AdapterIncomplete(task, "its folder changed while it was read")
         return Files(task, _version(contents), contents)
-
-    def summary(self, task: str, names: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read just enough of a folder to size a bank: its config, and some tensors' shapes.
-
-        Args:
-            task: The folder's name.
-            names: Ends of the tensor names wanted.
-
-        Returns:
-            The adapter_config.json, and name -> shape; both empty where they cannot be read, which
-            is for `read` to complain about.
-        """
-        folder = self._folder(task)
-        try:
-            self.look(task)
-            config = json.loads(_read(folder / CONFIG))
-            with _open(folder / WEIGHTS) as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(min(length, MAX_JSON_BYTES)))
-            shapes = {n: h["shape"] for n, h in header.items() if n.endswith(tuple(names))}
-        except AdapterError:
-            return {}, {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return {}, {}
-        return (config if isinstance(config, dict) else {}), shapes
 
     def _folder(self, task: str) -> Path:
         if not TASK_NAME.fullmatch(task):

@@ -70,8 +70,6 @@ async def make(base: str, store: Path, slots: int) -> Model:
             quantization="int8",
             device="cpu",
             adapter_slots=slots,
-            max_lora_rank=8,
-            lora_targets=("query", "value"),
             max_host_gib=2,
         )
     )

@@ -62,9 +62,7 @@ def ours(base: str, store: Store, quantization: Quantization) -> dict[str, Calla
     """The plain base, and our batches of 1, 8 and 32 adapters."""
     plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2).eval()
     quantize(plain, HEAD, quantization, torch.device("cpu"))
-    engine = Engine(
-        base, quantization=quantization, device="cpu", adapter_slots=max(COUNTS), max_labels=2
-    )
+    engine = Engine(base, quantization=quantization, device="cpu")
     for index in range(max(COUNTS)):
         engine.write(index + 1, engine.read(store.read(f"a{index}")))
     works: dict[str, Callable[[], object]] = {"plain": lambda: run_plain(plain)}

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -21,15 +21,13 @@ from adapters.pinned import Pinned
 from adapters.rules import ProblemType
 from adapters.slots import Slots
 from adapters.store import Store
-from deployments.base import BaseName
 from deployments.config import GIB, Args
 from deployments.errors import BatchLoopDied
 from deployments.model.dynamic_batch import batch_queue, dynamic_batch
-from deployments.model.encoder import default_dtype
-from deployments.model.engine import BadRow, Engine, Loaded, choose_device
+from deployments.model.engine import BadRow, Engine, Loaded
 from deployments.model.facts import to_facts
+from deployments.model.memory import take_stock
 from deployments.model.planner import Planner
-from deployments.model.sizing import choose_sizes
 from deployments.model.threads import forward_threads
 from deployments.model.vocabulary import export_vocabulary, to_pages
 from deployments.rows import Facts, Prediction, Row, Tokens
@@ -59,23 +57,31 @@ class Model:
         self.store = Store(args.adapter_store)
         self.failures = Failures()
         self._num_calls = 0
-        self.engine = await self._on_device(_make_engine, args, self.store)
+        self.engine = await self._on_device(_make_engine, args)
         vocabulary = export_vocabulary(self.engine.encoder)
         self._max_length = vocabulary["max_length"]
         self._pages = to_pages(vocabulary)
         self.planner = make_planner(args, self.engine.device)
-        self.host: Host[Loaded] = Host(int(args.max_host_gib * GIB), lambda item: item.row.nbytes)
-        self.slots = Slots(self.engine.encoder.bank.num_slots, self._load)
+        host_bytes = int(args.max_host_gib * GIB)
+        memory = take_stock(self.engine.encoder, self.planner.max_tokens, host_bytes)
+        memory.check()
+        self.host: Host[Loaded] = Host(host_bytes, lambda item: item.num_bytes)
+        self.slots: Slots[Loaded] = Slots(
+            num_pages=self.engine.encoder.bank.num_pages,
+            max_slots=None if args.adapter_slots == "auto" else args.adapter_slots,
+            fetch=self._fetch,
+            size=lambda item: item.num_pages,
+            write=self._write,
+        )
         self.pinned = Pinned(args.pinned_tasks, self.slots, self._find)
         await self.pinned.load()
         logger.info(
-            "base=%s quantization=%s device=%s slots=%d bank_bytes=%d threads=%d",
+            "base=%s quantization=%s device=%s threads=%d memory: %s",
             args.base_model,
             self.engine.quantization,
             self.engine.device,
-            self.engine.encoder.bank.num_slots - 1,
-            self.engine.encoder.bank.memory.nbytes,
             threads,
+            memory,
         )
 
     async def vocabulary_page(self, page: int) -> bytes:
@@ -182,22 +188,41 @@ class Model:
         loaded = self.engine.read(files)
         if self.engine.device.type == "cuda":
             # From pinned memory a slot is written without a copy in between, and without waiting.
-            loaded = replace(loaded, row=loaded.row.pin_memory())
+            packed = replace(loaded.packed, pages=loaded.packed.pages.pin_memory())
+            loaded = replace(loaded, packed=packed)
         return loaded
 
-    async def _load(self, name: str, slot: int) -> None:
-        """Bring `task@version` into a slot, through the host's RAM."""
-        started_s = time.perf_counter()
+    async def _fetch(self, name: str) -> Loaded:
+        """Return `task@version` from the host's RAM, or read it."""
         task, _, version = name.partition("@")
-        loaded = await self.host.get(name, lambda: self._read(task, version))
-        await self._on_device(self.engine.write, slot, loaded)
-        logger.info(
-            "adapter=%s to=slot:%d bytes=%d ms=%.1f",
-            name,
-            slot,
-            loaded.row.nbytes,
-            1e3 * (time.perf_counter() - started_s),
-        )
+        return await self.host.get(name, lambda: self._read(task, version))
+
+    async def _write(self, slot: int, loaded: Loaded, gone: Sequence[int]) -> None:
+        """Hand an adapter over to a slot, after those that leave.
+
+        It is not waited for. The one thread works in order, so every forward handed over from now
+        on finds it there, and its rows join the next batch instead of the one after.
+        """
+        started_s = time.perf_counter()
+        name = f"{loaded.artifact.task}@{loaded.artifact.version}"
+
+        def written(writing: asyncio.Future[None]) -> None:
+            if writing.cancelled():
+                return
+            if writing.exception() is not None:
+                # The slot is empty now: rows for it fail, and none is answered by another adapter.
+                self._device_lost = True
+                logger.error("adapter=%s was not written", name, exc_info=writing.exception())
+                return
+            taken_ms = 1e3 * (time.perf_counter() - started_s)
+            size = loaded.num_bytes
+            logger.info("adapter=%s to=slot:%d bytes=%d ms=%.1f", name, slot, size, taken_ms)
+            if gone:
+                logger.info("left=slot:%s", ",".join(map(str, gone)))
+
+        loop = asyncio.get_running_loop()
+        writing = loop.run_in_executor(self._device, self.engine.write, slot, loaded, gone)
+        writing.add_done_callback(written)
 
     async def _off_loop(self, work: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._loads, work, *args)
@@ -221,18 +246,12 @@ def _num_nodes() -> int:
     return sum(node["Alive"] and node["Resources"].get("CPU", 0) >= 1 for node in ray.nodes())
 
 
-def _make_engine(args: Args, store: Store) -> Engine:
-    base, device = BaseName.parse(args.base_model), choose_device(args.device)
-    sizes = choose_sizes(args, base, store, default_dtype(device))
+def _make_engine(args: Args) -> Engine:
     return Engine(
         args.base_model,
         quantization=args.quantization,
-        device=device.type,
-        adapter_slots=sizes.adapter_slots,
-        max_lora_rank=sizes.max_lora_rank,
-        max_labels=sizes.max_labels,
-        lora_targets=sizes.lora_targets,
-        saved_modules=sizes.saved_modules,
+        device=args.device,
+        bank_bytes=int(args.bank_gib * GIB),
         base_aliases=args.base_aliases,
     )
 

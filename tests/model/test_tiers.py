@@ -210,3 +210,21 @@ async def test_a_pinned_task_s_new_version_is_the_one_that_stays(
         await ask(model, task, store.read(task).version)
     assert f"mood@{new}" in model.slots.resident
     assert f"mood@{old}" not in model.slots.resident
+
+
+async def test_a_slot_whose_write_failed_answers_nothing_and_the_replica_is_replaced(
+    model: Model, store: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await ask(model, "mood", (await model.describe("mood"))["version"])
+    bank = model.engine.encoder.bank
+
+    def fail(*_: Any) -> None:
+        raise MemoryError("no page is free")
+
+    monkeypatch.setattr(bank, "write", fail)
+    version = (await model.describe("spam"))["version"]
+    [answer] = await model.predict("spam", version, "single_label_classification", ROW)
+    assert isinstance(answer, str)
+    assert "holds no adapter" in answer
+    with pytest.raises(RuntimeError, match="device"):
+        await model.check_health()
