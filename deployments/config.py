@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -162,6 +163,14 @@ class Args(BaseModel):
         if Path(self.base_model).exists():
             changes["base_model"] = str(Path(self.base_model).absolute())
         return self.model_copy(update=changes)
+
+
+def tokenize_without_pool() -> None:
+    """Let the Rust tokenizers work in the thread that asks.
+
+    A pool of their own would be as large as the machine, whose CPUs are the forward's.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # read anew with every call
 
 
 def _sentences(error: ValidationError) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import zlib
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -17,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 
 from adapters.rules import ProblemType
 from adapters.store import Store
-from deployments.config import Args
+from deployments.config import Args, tokenize_without_pool
 from deployments.errors import INTERNAL, BatchLoopDied, NotReady, to_problem
 from deployments.ingress.predict import Answers, Encodings, Predictor
 from deployments.ingress.routes import make_api
@@ -36,9 +35,7 @@ class Ingress:
         self, model: DeploymentHandle[Any], args: Args
     ) -> None:
         """Fetch the base's tokenizer; the replica takes traffic when this returns."""
-        # One text at a time in each of our threads: the Rust library's own pool would be as large
-        # as the machine, and its cores are the forward's. It reads this with every call.
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        tokenize_without_pool()
         self._model = model
         self._args = args
         self._tasks = Tasks(Store(args.adapter_store), self._describe)
