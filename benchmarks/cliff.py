@@ -13,6 +13,7 @@ import logging
 import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ from deployments.config import Args
 from deployments.model.deployment import Model
 
 RESIDENT, SLOTS, CALLERS = 1024, 64, 64
-REQUESTS, ROUNDS = 2000, 5
+REQUESTS, ROUNDS = 1200, 3
 TOUCHED, PREFETCHED = 200, 200
 Request = tuple[str, list[int]]  # task, token ids
 
@@ -55,6 +56,7 @@ async def measure() -> None:
             for start in range(RESIDENT + TOUCHED, len(names), PREFETCHED)
         ]
         found.append({"part": "prefetch", **await beside_prefetch(few, resident[0], cold, ids)})
+        print(found, file=sys.stderr, flush=True)
         found += await traffic(few, await make(base, store, RESIDENT), resident, ids)
     save("cliff", found)
     print(as_table(found))
