@@ -7,7 +7,7 @@ from transformers.utils import logging
 
 logging.set_verbosity_error()  # that a head is new is what is meant
 logging.disable_progress_bar()
-QUESTIONS = ("mixing",)
+QUESTIONS = ("mixing", "cliff", "many", "threads")
 
 for question in sys.argv[1:] or QUESTIONS:
     if question not in QUESTIONS:
