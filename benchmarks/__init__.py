@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-QUESTIONS = ("mixing",)
+QUESTIONS = ("mixing", "padding", "guide")
 
 
 def question(name: str) -> ModuleType:

@@ -146,7 +146,7 @@ def draw(rows: Sequence[dict[str, Any]], figure: Any) -> None:
         ]
     groups = [f"{row['base']}\n{row['targets']}\n{_format(row)}" for row in rows]
     bars(axes, groups, speeds)
-    axes.axhline(1, color="black", linewidth=0.8)
+    axes.axhline(1, color="black", linewidth=0.8, zorder=0)
     axes.set_ylabel("speed, plain base = 1")
 
 
