@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -170,8 +171,10 @@ def make_planner(args: Args, device: torch.device) -> Budget:
     tokens = args.max_batch_tokens
     if tokens == "auto":
         tokens = 1024 if on_cpu else 16384
-    stretch = 1.5 if on_cpu else 2.0
-    return Budget(Planner(args.max_batch_rows, tokens, max_stretch=stretch))
+    planner = Planner(args.max_batch_rows, tokens)
+    if on_cpu:
+        planner = replace(planner, max_stretch=1.35, short_tokens=8)
+    return Budget(planner)
 
 
 def _timed(
