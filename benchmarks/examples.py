@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 import random
 
+import torch
+
 from adapters.store import Store
 from benchmarks.bases import ROOT
+from deployments.config import Args
+from deployments.model.budget import Budget
+from deployments.model.deployment import make_planner
 from deployments.model.engine import Engine
 from deployments.model.vocabulary import export_vocabulary
 from deployments.rows import Row
@@ -24,6 +29,12 @@ def example_engine(quantization: str) -> Engine:
     for slot, task in enumerate(STORE.tasks(), start=1):
         engine.write(slot, engine.read(STORE.read(task)))
     return engine
+
+
+def example_planner() -> Budget:
+    """The server's, as its defaults make it on a CPU."""
+    args = Args(base_model=BASE, adapter_store=STORE_FOLDER)
+    return make_planner(args, torch.device("cpu"))
 
 
 def example_tokenizer(engine: Engine) -> Tokenizer:

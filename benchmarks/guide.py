@@ -15,8 +15,14 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from benchmarks.examples import BASE, STORE, STORE_FOLDER, example_engine, example_tokenizer
-from benchmarks.padding import new_planner
+from benchmarks.examples import (
+    BASE,
+    STORE,
+    STORE_FOLDER,
+    example_engine,
+    example_planner,
+    example_tokenizer,
+)
 from benchmarks.peers.guide import load, predict_sentiment
 from benchmarks.peers.merged import merged_model
 from benchmarks.record import table
@@ -78,7 +84,7 @@ def measure() -> Iterator[dict[str, Any]]:
 def ours(quantization: str) -> Any:
     engine = example_engine(quantization)
     return partial(
-        answer, engine, example_tokenizer(engine), new_planner(), 1 + STORE.tasks().index(TASK)
+        answer, engine, example_tokenizer(engine), example_planner(), 1 + STORE.tasks().index(TASK)
     )
 
 

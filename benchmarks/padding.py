@@ -15,15 +15,15 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-
 from benchmarks.bars import bars
-from benchmarks.examples import BASE, STORE_FOLDER, example_engine, example_rows, example_tokenizer
+from benchmarks.examples import (
+    example_engine,
+    example_planner,
+    example_rows,
+    example_tokenizer,
+)
 from benchmarks.record import table
 from benchmarks.timing import in_turns, ratio, timed
-from deployments.config import Args
-from deployments.model.budget import Budget
-from deployments.model.deployment import make_planner
 from deployments.model.engine import Engine
 from deployments.rows import Row, Tokens
 
@@ -91,15 +91,9 @@ def run(engine: Engine, batches: list[list[Row]]) -> list[list[Row]]:
     return batches
 
 
-def new_planner() -> Budget:
-    """The server's, as its defaults make it."""
-    args = Args(base_model=BASE, adapter_store=STORE_FOLDER)
-    return make_planner(args, torch.device("cpu"))
-
-
 def run_planned(engine: Engine, rows: Sequence[Row], depth: int) -> list[list[Row]]:
     """Empty a queue as the server does, so many rows in it at a time."""
-    planner, batches = new_planner(), []
+    planner, batches = example_planner(), []
     waiting, coming = [*rows[:depth]], [*rows[depth:]]
     while waiting:
         picked = set(planner.pick([row.num_tokens for row in waiting]))
@@ -115,7 +109,7 @@ def run_planned(engine: Engine, rows: Sequence[Row], depth: int) -> list[list[Ro
 
 def pick_s(lengths: list[int]) -> float:
     """What a choice takes among so many rows, whichever is the oldest."""
-    planner = new_planner()
+    planner = example_planner()
     planner.note([1024], 0.1)
     turned = [lengths[first:] + lengths[:first] for first in range(50)]
     return statistics.median(timed(partial(planner.pick, one)) for one in turned)

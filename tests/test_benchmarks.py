@@ -3,11 +3,24 @@
 import importlib
 import json
 import re
+from itertools import chain
 from pathlib import Path
 
 import pytest
 
-from benchmarks import QUESTIONS, question, record, report
+from benchmarks import QUESTIONS, guide, padding, question, record, report
+from benchmarks.examples import (
+    BASE,
+    STORE,
+    STORE_FOLDER,
+    example_engine,
+    example_planner,
+    example_rows,
+    example_texts,
+    example_tokenizer,
+)
+from benchmarks.peers.guide import load, predict_sentiment
+from deployments.model.engine import Engine
 
 ROOT = Path(__file__).parents[1]
 ANSWERED = [name for name in QUESTIONS if record.read(name)]
@@ -74,3 +87,40 @@ def test_numbers_are_saved_with_five_digits_and_read_back(
     assert row["ms"] == {"k=1": 1.2346, "all": [0.66667]}
     assert (row["base"], row["rows"], row["question"]) == ("b", 1234567, "mixing")
     assert record.read("never-asked") == []
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return example_engine("none")
+
+
+def test_both_sides_of_the_guides_table_give_the_same_labels(engine: Engine) -> None:
+    slot = 1 + STORE.tasks().index(guide.TASK)
+    texts = [text for task, text in example_texts() if task == slot][:24]
+    model, tokenizer = load(BASE, f"{STORE_FOLDER}/{guide.TASK}")
+    want = predict_sentiment(texts, model, tokenizer)
+    planner = example_planner()
+    ours = guide.answer(engine, example_tokenizer(engine), planner, slot, texts)
+    assert ours == want
+    assert set(want) == set(guide.LABELS)
+
+
+def test_a_planned_queue_answers_every_row_once(engine: Engine) -> None:
+    rows = example_rows(example_tokenizer(engine))[:96]
+    for depth in (96, 20):
+        batches = padding.run_planned(engine, rows, depth)
+        assert sorted(map(id, chain.from_iterable(batches))) == sorted(map(id, rows))
+        assert batches[0][0] is rows[0]
+        assert all(len(batch) <= depth for batch in batches)
+    noted: dict[str, float] = {}
+    padding.note(noted, "planned", lambda: padding.run_planned(engine, rows, 96))
+    padding.note(noted, "arrival", lambda: padding.in_order(rows))
+    assert 1 <= noted["planned"] < noted["arrival"]
+
+
+def test_equal_rows_have_as_many_tokens(engine: Engine) -> None:
+    rows = example_rows(example_tokenizer(engine))[:512]
+    even = list(chain.from_iterable(padding.equal(rows)))
+    assert len({row.num_tokens for row in even}) == 1
+    real = sum(row.num_tokens for row in rows)
+    assert sum(row.num_tokens for row in even) == pytest.approx(real, rel=0.01)
