@@ -33,7 +33,7 @@ from deployments.rows import Prediction, Row
 from deployments.tokens import Tokenizer
 
 SIZES = (1, 4, 8, 16, 32)
-LENGTH, ROUNDS = 128, 15
+LENGTH, ROUNDS = 128, 7
 TASK = "sentiment"
 LABELS = ("Negative", "Positive")
 TEXT = "This is a test " * (LENGTH // 4)  # the guide's
