@@ -28,7 +28,7 @@ from deployments.model.engine import Engine
 from deployments.rows import Row, Tokens
 
 SENTENCES, OF_THE_GUIDE, DEPTH = 1024, 32, 128
-ROUNDS = {"none": 3, "int8": 5}
+ROUNDS = {"none": 3, "int8": 3}
 SHALLOW = f"planned, {DEPTH} waiting"
 WAYS = ("arrival order", SHALLOW, "planned", "equal")
 
