@@ -10,18 +10,18 @@ from transformers.utils import logging
 
 from benchmarks import QUESTIONS, question
 from benchmarks.plot import save_plot  # says at once that matplotlib is missing
-from benchmarks.record import read, save, save_table
+from benchmarks.record import read, save, save_table, setup
 
 
 def answer(name: str) -> None:
     """Measure one question; save what was found, and show it."""
     logging.set_verbosity_error()  # that a head is new is what is meant
     logging.disable_progress_bar()
-    found = []
+    said, found = setup(getattr(question(name), "PACKAGES", ())), []
     for row in question(name).measure():
         print(row, file=sys.stderr, flush=True)
         found.append(row)
-    save(name, found, getattr(question(name), "PACKAGES", ()))
+    save(name, found, said)
     show(name)
 
 

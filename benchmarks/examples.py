@@ -25,7 +25,7 @@ MAX_LENGTH = 128  # as the adapters were trained
 
 def example_engine(quantization: str) -> Engine:
     """An engine with the four example adapters in slots 1 to 4, by name."""
-    engine = Engine(BASE, quantization=quantization, device="cpu", adapter_slots=4)
+    engine = Engine(BASE, quantization=quantization, device="cpu")
     for slot, task in enumerate(STORE.tasks(), start=1):
         engine.write(slot, engine.read(STORE.read(task)))
     return engine

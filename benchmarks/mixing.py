@@ -75,9 +75,7 @@ def models_alone(base: str, store: Path, quantization: Quantization) -> dict[str
 
 def ours(base: str, store: Store, quantization: Quantization) -> dict[str, Work]:
     """Our batches of 1, 8 and 32 adapters."""
-    engine = Engine(
-        base, quantization=quantization, device="cpu", adapter_slots=max(COUNTS), max_labels=2
-    )
+    engine = Engine(base, quantization=quantization, device="cpu")
     for index in range(max(COUNTS)):
         engine.write(index + 1, engine.read(store.read(f"a{index}")))
     works: dict[str, Work] = {}

@@ -52,10 +52,10 @@ def _cpu() -> str:
     return names[0] if names else platform.processor()
 
 
-def save(question: str, rows: Sequence[Mapping[str, Any]], packages: Sequence[str] = ()) -> None:
-    """Write results/{question}.jsonl, the setup in every line."""
+def save(question: str, rows: Sequence[Mapping[str, Any]], said: Mapping[str, Any]) -> None:
+    """Write results/{question}.jsonl, in every line the setup from before it was measured."""
     RESULTS.mkdir(exist_ok=True)
-    common = {"question": question, "setup": setup(packages)}
+    common = {"question": question, "setup": said}
     lines = [json.dumps({**common, **_rounded(row)}) for row in rows]
     (RESULTS / f"{question}.jsonl").write_text("\n".join(lines) + "\n")
 

@@ -20,7 +20,6 @@ from deployments.base import BaseName
 Auto = Literal["auto"]
 Name = Annotated[str, Field(min_length=1)]
 GIB = 2**30
-MAX_RANK, MAX_LABELS = 1024, 65536
 
 
 class ConfigError(Exception):
@@ -51,26 +50,13 @@ class Args(BaseModel):
         "auto", description="auto is a GPU if there is any."
     )
 
-    adapter_slots: Annotated[int, Field(ge=1, le=65536)] | Auto = Field(
-        "auto", description="Adapters resident at a time; auto is 64, fewer if memory is short."
+    bank_gib: Annotated[float, Field(gt=0)] = Field(
+        1.0,
+        description="Memory for resident adapters on the device, a replica. Each takes just its "
+        "own bytes of it, and on a CPU it is taken as they come.",
     )
-    max_lora_rank: Annotated[int, Field(ge=1, le=MAX_RANK)] | Auto = Field(
-        "auto", description="Largest LoRA rank; auto is what the store holds, 16 at least."
-    )
-    max_labels: Annotated[int, Field(ge=1, le=MAX_LABELS)] | Auto = Field(
-        "auto", description="Most labels a task; auto is what the store holds, 16 at least."
-    )
-    lora_targets: Annotated[tuple[Name, ...], Field(min_length=1)] | Auto = Field(
-        "auto",
-        description="Ends of the module paths that adapters may target; auto is all linears.",
-    )
-    saved_modules: tuple[Name, ...] | Auto = Field(
-        "auto",
-        description="Ends of the paths of modules before the head that adapters may bring whole, "
-        "by modules_to_save (pooler, say); auto is what the store holds.",
-    )
-    max_bank_gib: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="Memory for resident adapters on the device, a replica."
+    adapter_slots: Annotated[int, Field(ge=1)] | Auto = Field(
+        "auto", description="Most adapters resident at a time; auto is as many as bank_gib holds."
     )
     max_host_gib: Annotated[float, Field(gt=0)] = Field(
         1.0, description="RAM for adapters that were loaded and wait for a slot, a replica."
@@ -129,13 +115,11 @@ class Args(BaseModel):
                 raise ValueError(f"base_aliases: {name!r} is not a hub id (org/name)")
         return value
 
-    @field_validator("base_aliases", "lora_targets", "saved_modules", mode="before")
+    @field_validator("base_aliases", mode="before")
     @classmethod
     def _split_names(cls, value: Any) -> Any:
-        """The command line has no lists: `lora_targets=query,value`."""
-        if not isinstance(value, str) or value == "auto":
-            return value
-        return [name.strip() for name in value.split(",")]
+        """The command line has no lists: `base_aliases=a/b,c/d`."""
+        return [n.strip() for n in value.split(",")] if isinstance(value, str) else value
 
     @model_validator(mode="wrap")
     @classmethod

@@ -80,12 +80,12 @@ def test_numbers_are_saved_with_five_digits_and_read_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-    record.save(
-        "mixing", [{"base": "b", "ms": {"k=1": 1.23456789, "all": [2 / 3]}, "rows": 1234567}]
-    )
+    row = {"base": "b", "ms": {"k=1": 1.23456789, "all": [2 / 3]}, "rows": 1234567}
+    record.save("mixing", [row], {"cores": 2})
     (row,) = record.read("mixing")
     assert row["ms"] == {"k=1": 1.2346, "all": [0.66667]}
     assert (row["base"], row["rows"], row["question"]) == ("b", 1234567, "mixing")
+    assert row["setup"] == {"cores": 2}
     assert record.read("never-asked") == []
 
 

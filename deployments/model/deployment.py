@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -18,16 +18,14 @@ from adapters.host import Host
 from adapters.rules import ProblemType
 from adapters.slots import Slots
 from adapters.store import Store
-from deployments.base import BaseName
 from deployments.config import GIB, Args
 from deployments.errors import BatchLoopDied
 from deployments.model.budget import Budget
 from deployments.model.dynamic_batch import batch_queue, dynamic_batch
-from deployments.model.encoder import default_dtype
-from deployments.model.engine import BadRow, Engine, Loaded, choose_device
+from deployments.model.engine import BadRow, Engine, Loaded
 from deployments.model.facts import to_facts
+from deployments.model.memory import take_stock
 from deployments.model.planner import Planner
-from deployments.model.sizing import choose_sizes
 from deployments.model.vocabulary import export_vocabulary, to_pages
 from deployments.rows import Facts, Prediction, Row, Tokens
 
@@ -49,21 +47,29 @@ class Model:
         # Thread counts are a thread's own, and Ray would leave this one a single core.
         self._device = ThreadPoolExecutor(1, "forward", torch.set_num_threads, (threads,))
         self.store = Store(args.adapter_store)
-        self.engine = await self._on_device(_make_engine, args, self.store)
+        self.engine = await self._on_device(_make_engine, args)
         vocabulary = export_vocabulary(self.engine.encoder)
         self._max_length = vocabulary["max_length"]
         self._pages = to_pages(vocabulary)
         self.planner = make_planner(args, self.engine.device)
-        self.host: Host[Loaded] = Host(int(args.max_host_gib * GIB), lambda item: item.row.nbytes)
-        self.slots = Slots(self.engine.encoder.bank.num_slots, self._load)
+        host_bytes = int(args.max_host_gib * GIB)
+        memory = take_stock(self.engine.encoder, self.planner.max_tokens, host_bytes)
+        memory.check()
+        self.host: Host[Loaded] = Host(host_bytes, lambda item: item.num_bytes)
+        self.slots: Slots[Loaded] = Slots(
+            num_pages=self.engine.encoder.bank.num_pages,
+            max_slots=None if args.adapter_slots == "auto" else args.adapter_slots,
+            fetch=self._fetch,
+            size=lambda item: item.num_pages,
+            write=self._write,
+        )
         logger.info(
-            "base=%s quantization=%s device=%s slots=%d bank_bytes=%d threads=%d",
+            "base=%s quantization=%s device=%s threads=%d memory: %s",
             args.base_model,
             self.engine.quantization,
             self.engine.device,
-            self.engine.encoder.bank.num_slots - 1,
-            self.engine.encoder.bank.memory.nbytes,
             threads,
+            memory,
         )
 
     async def vocabulary_page(self, page: int) -> bytes:
@@ -143,19 +149,25 @@ class Model:
             raise AdapterChanged(task, version, files.version)
         return await asyncio.to_thread(self.engine.read, files)
 
-    async def _load(self, name: str, slot: int) -> None:
-        """Bring `task@version` into a slot, through the host's RAM."""
-        started_s = time.perf_counter()
+    async def _fetch(self, name: str) -> Loaded:
+        """Return `task@version` from the host's RAM, or read it."""
         task, _, version = name.partition("@")
-        loaded = await self.host.get(name, lambda: self._read(task, version))
-        await self._on_device(self.engine.write, slot, loaded)
+        return await self.host.get(name, lambda: self._read(task, version))
+
+    async def _write(self, slot: int, loaded: Loaded, gone: Sequence[int]) -> None:
+        """Put an adapter into a slot, after those that leave."""
+        started_s = time.perf_counter()
+        await self._on_device(self.engine.write, slot, loaded, gone)
         logger.info(
-            "adapter=%s to=slot:%d bytes=%d ms=%.1f",
-            name,
+            "adapter=%s@%s to=slot:%d bytes=%d ms=%.1f",
+            loaded.artifact.task,
+            loaded.artifact.version,
             slot,
-            loaded.row.nbytes,
+            loaded.num_bytes,
             1e3 * (time.perf_counter() - started_s),
         )
+        if gone:
+            logger.info("left=slot:%s", ",".join(map(str, gone)))
 
     async def _on_device(self, work: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._device, work, *args)
@@ -186,18 +198,12 @@ def _timed(
     return answers, time.perf_counter() - started_s
 
 
-def _make_engine(args: Args, store: Store) -> Engine:
-    base, device = BaseName.parse(args.base_model), choose_device(args.device)
-    sizes = choose_sizes(args, base, store, default_dtype(device))
+def _make_engine(args: Args) -> Engine:
     return Engine(
         args.base_model,
         quantization=args.quantization,
-        device=device.type,
-        adapter_slots=sizes.adapter_slots,
-        max_lora_rank=sizes.max_lora_rank,
-        max_labels=sizes.max_labels,
-        lora_targets=sizes.lora_targets,
-        saved_modules=sizes.saved_modules,
+        device=args.device,
+        bank_bytes=int(args.bank_gib * GIB),
         base_aliases=args.base_aliases,
     )
 

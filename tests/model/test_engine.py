@@ -17,7 +17,7 @@ def engine(
     tiny_base: str, make_adapter: Callable[..., PeftModel], tmp_path_factory: pytest.TempPathFactory
 ) -> Engine:
     """Slot 2 holds an adapter, slots 1 and 3 hold none."""
-    engine = Engine(tiny_base, quantization="int8", device="cpu", adapter_slots=3)
+    engine = Engine(tiny_base, quantization="int8", device="cpu")
     store = Store(tmp_path_factory.mktemp("store"))
     make_adapter(store.root / "task", tiny_base, 3)
     engine.write(2, engine.read(store.read("task")))
@@ -61,7 +61,7 @@ def test_gradients_flow_from_the_logits_to_the_embeddings(
     make_adapter: Callable[..., PeftModel],
     tmp_path: Path,
 ) -> None:
-    engine = Engine(tiny_base, quantization=quantization, device="cpu", adapter_slots=1)
+    engine = Engine(tiny_base, quantization=quantization, device="cpu")
     make_adapter(tmp_path / "task", tiny_base, 3)
     engine.write(1, engine.read(Store(tmp_path).read("task")))
     row = Row(1, Tokens([5, 6, 7]))

@@ -121,7 +121,7 @@ def test_the_engine_quantises_its_base_and_never_its_head(
     tiny_base: str,
     base_linears: Callable[[Engine], dict[str, nn.Linear]],
 ) -> None:
-    engine = Engine(tiny_base, quantization=quantization, device="cpu", adapter_slots=1)
+    engine = Engine(tiny_base, quantization=quantization, device="cpu")
     linears = base_linears(engine)
     assert engine.quantization == quantization
     assert len(linears) == 2 * 6 + 1
