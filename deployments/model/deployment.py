@@ -185,7 +185,7 @@ def make_planner(args: Args, device: torch.device) -> Budget:
         tokens = 1024 if on_cpu else 16384
     planner = Planner(args.max_batch_rows, tokens)
     if on_cpu:
-        planner = replace(planner, max_stretch=1.35, short_tokens=8)
+        planner = replace(planner, max_stretch=1.25, short_tokens=8)
     return Budget(planner)
 
 

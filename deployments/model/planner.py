@@ -36,8 +36,9 @@ class Planner:
         oldest = lengths[0]
         joining = {n for n in set(lengths) if self._may_share(max(n, oldest), min(n, oldest))}
         nearest = [index for index, length in enumerate(lengths) if index and length in joining]
+        # A longer row pads all others, a shorter one only itself: its distance counts twice.
         # Stable: of equal distances the older row goes first.
-        nearest.sort(key=[abs(length - oldest) for length in lengths].__getitem__)
+        nearest.sort(key=[max(oldest - n, 2 * (n - oldest)) for n in lengths].__getitem__)
         picked, longest, shortest = [0], oldest, oldest
         for index in nearest:
             if len(picked) == self.max_rows or (len(picked) + 1) * longest > self.max_tokens:
