@@ -11,6 +11,7 @@ from adapters.errors import (
     AdapterError,
     AdapterIncomplete,
     AdapterRefused,
+    BankFull,
     TaskNotFound,
 )
 from deployments.errors import INTERNAL, BadInput, NotReady, RequestError, TooLarge, to_problem
@@ -21,6 +22,7 @@ ERRORS = [
     (AdapterIncomplete("mood", "half of it is missing"), 503, RuntimeError),
     (AdapterChanged("mood", "11111111", "22222222"), 503, RuntimeError),
     (AdapterRefused("mood", ["no head", "no rank"]), 503, RuntimeError),
+    (BankFull("mood@11111111", 3), 503, RuntimeError),
     (BadInput("texts is empty"), 422, ValueError),
     (TooLarge("the body is over 5 bytes"), 413, ValueError),
     (NotReady("no replica runs"), 503, RuntimeError),

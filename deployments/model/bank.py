@@ -64,8 +64,9 @@ class Packed:
 class _Seat:
     """A resident adapter: its pages by number, int64 on the device, those of its head apart."""
 
-    packed: Packed
-    pieces: list[range]
+    packing: Packing
+    heads: Mapping[str, Part]
+    pieces: Sequence[range]
     body: torch.Tensor
     head: torch.Tensor
 
@@ -91,8 +92,9 @@ class Run:
 class Bank:
     """`[pages, page_bytes]`: loading an adapter is a copy or a few, forgetting it none at all.
 
-    Page 0 is zero, which adds nothing to a product. Slots are names for residents, from 1 on. Used
-    by one thread at a time, but for `pack`.
+    Page 0 is zero, which adds nothing to a product. Slots are names for residents, from 1 on; slot
+    0 changes nothing, and its rows go through the plain base. Used by one thread at a time, but for
+    `pack`.
     """
 
     def __init__(
@@ -117,7 +119,8 @@ class Bank:
         self._body = self.memory.view(dtype)
         self._heads = self.memory.view(torch.float32)
         self._free = Pages(1, 1 + self.num_pages)
-        self._seats: dict[int, _Seat] = {}
+        nothing = torch.empty(0, dtype=torch.int64, device=device)
+        self._seats = {0: _Seat(Packing({}, 0), {}, (), nothing, nothing)}
         self._packings: WeakValueDictionary[tuple[object, ...], Packing] = WeakValueDictionary()
         self.runs: list[Run] = []
         self.rows: list[_Seat] = []
@@ -173,7 +176,7 @@ class Bank:
         numbers = torch.cat([torch.arange(piece.start, piece.stop) for piece in pieces])
         numbers = numbers.to(self.memory.device)
         body, head = numbers.tensor_split([packed.packing.num_pages])
-        self._seats[slot] = _Seat(packed, pieces, body, head)
+        self._seats[slot] = _Seat(packed.packing, packed.heads, pieces, body, head)
 
     def forget(self, slot: int) -> None:
         """Free a slot's pages; there need not be any."""
@@ -183,13 +186,13 @@ class Bank:
 
     def likeness(self, slot: int) -> tuple[int, int]:
         """Return what to sort rows by, so that those packed alike lie together."""
-        return id(self._seats[slot].packed.packing), slot
+        return id(self._seats[slot].packing), slot
 
     def route(self, slots: Sequence[int]) -> None:
         """Set what every site reads in the next forward: a slot for each row."""
         self.rows = [self._seats[slot] for slot in slots]
         self.runs, start = [], 0
-        for _, group in itertools.groupby(self.rows, key=lambda seat: id(seat.packed.packing)):
+        for _, group in itertools.groupby(self.rows, key=lambda seat: id(seat.packing)):
             seats = list(group)
             rows = slice(start, start + len(seats))
             self.runs.append(_run(rows, seats))
@@ -236,7 +239,7 @@ class Bank:
         """
         sizes: dict[int, list[int]] = {}
         for index, seat in enumerate(self.rows):
-            part = seat.packed.heads.get(name)
+            part = seat.heads.get(name)
             if part is not None:
                 # Up to twice the size: a row of two labels must not pay for one of a thousand.
                 sizes.setdefault(max(4, part.shape[0] - 1).bit_length(), []).append(index)
@@ -244,7 +247,7 @@ class Bank:
             yield indices, self._gather_head(name, [self.rows[index] for index in indices])
 
     def _gather_head(self, name: str, seats: Sequence[_Seat]) -> torch.Tensor:
-        parts = [seat.packed.heads[name] for seat in seats]
+        parts = [seat.heads[name] for seat in seats]
         shape = (max(part.shape[0] for part in parts), *parts[0].shape[1:])
         if all(seat is seats[0] for seat in seats):
             table = seats[0].head[parts[0].pages].unsqueeze(0)
@@ -256,7 +259,7 @@ class Bank:
 
 
 def _run(rows: slice, seats: Sequence[_Seat]) -> Run:
-    first, sites = seats[0], seats[0].packed.packing.sites
+    first, sites = seats[0], seats[0].packing.sites
     if any(seat is not first for seat in seats):
         return Run(rows, sites, torch.stack([seat.body for seat in seats]), None)
     start = first.pieces[0].start if len(first.pieces) == 1 else None

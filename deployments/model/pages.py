@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class Pages:
     """A free list of page numbers, kept as ranges: whatever is free can be had, in pieces.
@@ -35,7 +37,7 @@ class Pages:
             self.num_free -= len(part)
         return taken
 
-    def give(self, pieces: list[range]) -> None:
+    def give(self, pieces: Sequence[range]) -> None:
         """Take pages back."""
         self.num_free += sum(map(len, pieces))
         joined: list[range] = []

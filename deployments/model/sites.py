@@ -64,7 +64,11 @@ class LinearSite(Site):
             for run, own in changed:
                 if "scale_in" in own:
                     x[run.rows] *= 1 + own["scale_in"].unsqueeze(1)
-        y = self.module(x)
+        y = self.module(x.squeeze(1) if pooled else x)
+        if torch.is_grad_enabled():
+            y = y.clone()  # what a quantised product gives may not be changed in place then
+        if pooled:
+            y = y.unsqueeze(1)
         if shared:
             x, y = x.expand(num_rows, -1, -1), y.repeat(num_rows, 1, 1)
         for run, own in changed:
