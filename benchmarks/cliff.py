@@ -13,7 +13,6 @@ import logging
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -24,9 +23,10 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from adapters.store import WEIGHTS
+from benchmarks.bars import bars
 from benchmarks.bases import ROOT, base_folder
 from benchmarks.fleet import write_fleet
-from benchmarks.record import save, table
+from benchmarks.record import table
 from deployments.config import Args
 from deployments.model.deployment import Model
 
@@ -36,13 +36,13 @@ TOUCHED, PREFETCHED = 200, 200
 Request = tuple[str, list[int]]  # task, token ids
 
 
-def main() -> None:
-    """Measure traffic over more adapters than slots, first touches and prefetches."""
+def measure() -> Iterator[dict[str, Any]]:
+    """First touches, prefetches, and traffic over more adapters than slots."""
     logging.getLogger("ray.serve").setLevel(logging.CRITICAL)  # else a line for each load
-    asyncio.run(measure())
+    yield from asyncio.run(find())
 
 
-async def measure() -> None:
+async def find() -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         base = base_folder("MiniLM", Path(folder))
         store = Path(folder) / "store"
@@ -56,10 +56,8 @@ async def measure() -> None:
             for start in range(RESIDENT + TOUCHED, len(names), PREFETCHED)
         ]
         found.append({"part": "prefetch", **await beside_prefetch(few, resident[0], cold, ids)})
-        print(found, file=sys.stderr, flush=True)
         found += await traffic(few, await make(base, store, RESIDENT), resident, ids)
-    save("cliff", found)
-    print(as_table(found))
+    return found
 
 
 async def make(base: str, store: Path, slots: int) -> Model:
@@ -241,4 +239,25 @@ def as_table(found: Sequence[dict[str, Any]]) -> str:
             told = f"p99 {one['beside_ms']['p99']:.1f} ms, alone {one['alone_ms']['p99']:.1f} ms"
             what = f"warm task while {one['prefetched']} are prefetched"
             rows.append([what, told, f"{one['of_alone']['p99']:.2f}", "≤ 1.3"])
-    return table(["question 5", "measured", "ratio", "to reach"], rows)
+    return table(["", "measured", "ratio", "to reach"], rows)
+
+
+def draw(rows: Sequence[dict[str, Any]], figure: Any) -> None:
+    axes = figure.subplots()
+    of = [row for row in rows if row["part"] == "traffic"]
+    series = {
+        f"{SLOTS} slots": [row["texts_per_s"]["few"] for row in of],
+        f"a slot for each of {RESIDENT:,}": [row["texts_per_s"]["all"] for row in of],
+    }
+    bars(axes, [row["shape"] for row in of], series)
+    axes.set_ylabel("texts/s")
+
+
+def in_short(rows: Sequence[dict[str, Any]]) -> str:
+    shares = {row["shape"]: row["of_all_resident"] for row in rows if row["part"] == "traffic"}
+    (touch,) = (row["over_warm_ms"]["p95"] for row in rows if row["part"] == "first touch")
+    told = ", ".join(f"{share:.0%} ({shape})" for shape, share in shares.items())
+    return (
+        f"{RESIDENT:,} adapters in host RAM over {SLOTS} slots: {told} of the throughput with all "
+        f"of them in slots. The first touch of an adapter on disk takes {touch:.0f} ms more (p95)."
+    )

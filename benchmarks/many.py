@@ -18,16 +18,17 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from adapters.store import WEIGHTS, Store
+from benchmarks.bars import bars
 from benchmarks.bases import ROOT, base_folder
 from benchmarks.fleet import write_fleet
-from benchmarks.record import save, table
+from benchmarks.record import table
 from deployments.config import Args
 from deployments.ingress.tasks import Tasks
 from deployments.model.deployment import Model
@@ -37,8 +38,8 @@ FEW, ROUNDS, TOUCHED = 4, 3, 200
 RANKS = (1, 2, 3, 4)
 
 
-def main() -> None:
-    """Measure stores of 10, 1,000 and 10,000 adapters, and the start with 4 and 10,000."""
+def measure() -> Iterator[dict[str, Any]]:
+    """Stores of 10, 1,000 and 10,000 adapters, and the start with 4 and 10,000."""
     logging.getLogger("ray.serve").setLevel(logging.CRITICAL)  # else a line for each load
     with tempfile.TemporaryDirectory() as folder:
         base = base_folder("MiniLM", Path(folder))
@@ -46,11 +47,9 @@ def main() -> None:
         for count in (FEW, *COUNTS):
             stores[count] = Path(folder) / f"store-{count}"
             write_fleet(stores[count], base, count, RANKS)
-        found = [asyncio.run(lookups(base, stores[count], count)) for count in COUNTS]
-        # What a resident adapter takes of the bank, by its own bytes, is a part still to come.
-        found.append(starts(base, stores[FEW], stores[max(COUNTS)]))
-    save("many", found)
-    print(as_table(found))
+        for count in COUNTS:
+            yield asyncio.run(lookups(base, stores[count], count))
+        yield starts(base, stores[FEW], stores[max(COUNTS)])
 
 
 def starts(base: str, few: Path, many: Path) -> dict[str, Any]:
@@ -173,5 +172,19 @@ def as_table(found: Sequence[dict[str, Any]]) -> str:
     seconds = start["start_s"]
     told = f"{seconds['many']:.1f} s, with {FEW} {seconds['few']:.1f} s"
     rows.append(["start", *([""] * (len(lookup) - 1)), told, f"≤ 5 s more: {start['added_s']:.1f}"])
-    columns = ["question 6", *(f"{one['adapters']:,} adapters" for one in lookup), "to reach"]
+    columns = ["", *(f"{one['adapters']:,} adapters" for one in lookup), "to reach"]
     return table(columns, rows)
+
+
+def draw(rows: Sequence[dict[str, Any]], figure: Any) -> None:
+    axes = figure.subplots()
+    of = [row for row in rows if row["part"] == "lookup"]
+    kinds = {"described, never seen": "never_seen_ms", "its first answer": "first_predict_ms"}
+    series = {what: [row[key] for row in of] for what, key in kinds.items()}
+    bars(axes, [f"{row['adapters']:,} adapters" for row in of], series)
+    axes.set_ylabel("ms")
+
+
+def in_short(rows: Sequence[dict[str, Any]]) -> str:
+    (start,) = (row for row in rows if row["part"] == "start")
+    return f"{start['adapters']:,} adapters in the store add {start['added_s']:.1f} s to a start."

@@ -14,32 +14,33 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
 from ray import serve
 
+from benchmarks.bars import bars
 from benchmarks.bases import ROOT
-from benchmarks.record import save, table
+from benchmarks.record import table
 from deployments.app import build
 from deployments.config import Args
 
 ROUNDS, LOADED_S, CALLERS, REQUESTS = 2, 10.0, 64, 1500
 
 
-def main() -> None:
-    """Start the application with one thread less than CPUs and with all, in turns."""
+def measure() -> Iterator[dict[str, Any]]:
+    """The application with one thread less than CPUs and with all, in turns."""
     cpus = len(os.sched_getaffinity(0))
     taken: dict[int, list[dict[str, float]]] = {max(1, cpus - 1): [], cpus: []}
     ray.init(num_cpus=4 * cpus, log_to_driver=False)
     asyncio.run(measure_all(taken))
     ray.shutdown()
-    wait = os.environ.get("OMP_WAIT_POLICY", "")
-    found = [
-        {"threads": n, "omp_wait_policy": wait, "runs": runs} | medians(runs)
-        for n, runs in taken.items()
-    ]
-    save("threads" + (f"-{wait.lower()}" if wait else ""), found)
+    for threads, runs in taken.items():
+        yield {"threads": threads, "runs": runs} | medians(runs)
+
+
+def as_table(found: Sequence[dict[str, Any]]) -> str:
     columns = ["threads", "alone p50", "loaded p50", "loaded p99", "bulk texts/s", "64 callers"]
     rows = [
         [
@@ -49,14 +50,26 @@ def main() -> None:
         ]
         for one in found
     ]
-    print(table(columns, rows))
+    return table(columns, rows)
+
+
+def draw(rows: Sequence[dict[str, Any]], figure: Any) -> None:
+    axes = figure.subplots()
+    series = {"bulk": "bulk_per_s", "64 callers": "singles_per_s"}
+    groups = [f"{row['threads']} threads" for row in rows]
+    bars(axes, groups, {name: [row[key] for row in rows] for name, key in series.items()})
+    axes.set_ylabel("texts/s")
+
+
+def in_short(rows: Sequence[dict[str, Any]]) -> str:
+    return ""
 
 
 async def measure_all(taken: dict[int, list[dict[str, float]]]) -> None:
     """In one event loop: in throughput mode Serve's router lives in its caller's."""
     for _ in range(ROUNDS):
         for threads, runs in taken.items():
-            runs.append(await measure(threads))
+            runs.append(await of_setting(threads))
             print(threads, runs[-1], file=sys.stderr, flush=True)
     serve.shutdown()
 
@@ -65,7 +78,7 @@ def medians(runs: list[dict[str, float]]) -> dict[str, float]:
     return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
 
 
-async def measure(threads: int) -> dict[str, float]:
+async def of_setting(threads: int) -> dict[str, float]:
     args = Args(
         base_model=str(ROOT / "examples" / "base"),
         adapter_store=str(ROOT / "examples" / "store"),

@@ -23,6 +23,7 @@ from adapters.slots import Slots
 from adapters.store import Store
 from deployments.config import GIB, Args
 from deployments.errors import BatchLoopDied
+from deployments.model.budget import Budget
 from deployments.model.dynamic_batch import batch_queue, dynamic_batch
 from deployments.model.engine import BadRow, Engine, Loaded
 from deployments.model.facts import to_facts
@@ -151,10 +152,15 @@ class Model:
     async def answer(self, rows: list[Row]) -> list[Prediction | Exception]:
         """Answer one row; what reaches the body is the batch that it went through in."""
         try:
-            return await self._on_device(self.engine.predict, rows)
+            answers, seconds = await self._on_device(_timed, self.engine.predict, rows)
         except torch.AcceleratorError:
             self._device_lost = True  # after an illegal access no kernel runs any more
             raise
+        ran = zip(rows, answers, strict=True)
+        self.planner.note(
+            [row.num_tokens for row, answer in ran if not isinstance(answer, BadRow)], seconds
+        )
+        return answers
 
     async def check_health(self) -> None:
         """Raise if no row can be answered any more, so that Serve replaces this replica."""
@@ -231,12 +237,29 @@ class Model:
         return await asyncio.get_running_loop().run_in_executor(self._device, work, *args)
 
 
-def make_planner(args: Args, device: torch.device) -> Planner:
-    """Return the planner for a device: on a CPU a forward of 2048 tokens takes about a second."""
+def make_planner(args: Args, device: torch.device) -> Budget:
+    """Return the planner for a device.
+
+    On a CPU more than about a thousand tokens leave its caches and take longer a token, and a
+    forward has little fixed cost: less padding is better (benchmarks/padding.py).
+    """
+    on_cpu = device.type == "cpu"
     tokens = args.max_batch_tokens
     if tokens == "auto":
-        tokens = 16384 if device.type == "cuda" else 2048
-    return Planner(max_rows=args.max_batch_rows, max_tokens=tokens)
+        tokens = 1024 if on_cpu else 16384
+    planner = Planner(args.max_batch_rows, tokens)
+    if on_cpu:
+        planner = replace(planner, max_stretch=1.25, short_tokens=8)
+    return Budget(planner)
+
+
+def _timed(
+    predict: Callable[[list[Row]], list[Prediction | Exception]], rows: list[Row]
+) -> tuple[list[Prediction | Exception], float]:
+    """Answer rows, and say in how many seconds: on the device's thread, so that no wait counts."""
+    started_s = time.perf_counter()
+    answers = predict(rows)
+    return answers, time.perf_counter() - started_s
 
 
 def _num_nodes() -> int:
