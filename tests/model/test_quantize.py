@@ -8,7 +8,8 @@ from torch.nn.functional import linear as product
 from transformers import AutoModelForSequenceClassification
 
 from deployments.model.engine import Engine
-from deployments.model.quantize import Int8Linear, choose, int8_is_exact, quantize
+from deployments.model.int8 import Int8Linear, int8_is_exact
+from deployments.model.quantize import choose, quantize
 from deployments.model.sites import HeadSite
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
