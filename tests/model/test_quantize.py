@@ -98,6 +98,17 @@ def test_int8_keeps_dtype_and_shape_and_maps_zeros_to_the_bias(linear: nn.Linear
     assert not unbiased(torch.zeros(2, 96)).any()
 
 
+def test_int8_answers_the_same_with_and_without_gradients_and_changes_nothing(
+    linear: nn.Linear, x: torch.Tensor
+) -> None:
+    int8, given, bias = Int8Linear(linear), x.clone(), linear.bias.clone()
+    answer = int8(x)
+    with torch.inference_mode():
+        assert torch.equal(int8(x), answer)
+    assert torch.equal(x, given)
+    assert torch.equal(linear.bias, bias)
+
+
 def test_int8_treats_each_token_by_itself(linear: nn.Linear, x: torch.Tensor) -> None:
     int8, louder = Int8Linear(linear), x.clone()
     louder[1] *= 20
