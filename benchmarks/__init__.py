@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-QUESTIONS = ("mixing", "padding", "cliff", "many", "guide", "threads")
+QUESTIONS = ("mixing", "int8", "padding", "cliff", "many", "guide", "threads")
 
 
 def question(name: str) -> ModuleType:
