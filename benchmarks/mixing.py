@@ -156,9 +156,9 @@ def in_short(rows: Sequence[dict[str, Any]]) -> str:
         low, high = _ends(row["of_plain"][most] for row in of)
         mixed, loop = (_ends(row["peers_by_ours"][peer] for row in of) for peer in PEERS)
         told.append(
-            f"In {name} a batch of {max(COUNTS)} adapters runs at {low:.2f} to {high:.2f} of the plain "
-            f"base's speed; PEFT in fp32 takes {mixed[0]:.1f} to {mixed[1]:.1f} times our time for a "
-            f"mixed batch, and {loop[0]:.1f} to {loop[1]:.1f} times with a `set_adapter` loop."
+            f"In {name} a batch of {max(COUNTS)} adapters runs at {low:.2f} to {high:.2f} of the "
+            f"plain base's speed; PEFT in fp32 takes {mixed[0]:.1f} to {mixed[1]:.1f} times our "
+            f"time for a mixed batch, {loop[0]:.1f} to {loop[1]:.1f} times in a `set_adapter` loop."
         )
     return " ".join(told)
 
