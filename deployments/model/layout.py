@@ -27,6 +27,8 @@ class Layout:
         linears: Every linear of the encoder that is not a head's.
         embeddings: Every embedding of the encoder that adapters may target.
         sites: Module path -> what kind of site it becomes.
+        whole: Site -> parameter -> shape, of what an adapter brings if it brings the module. Found
+            before it is quantised: that makes a Linear of a Conv1D, whose weight lies otherwise.
         heads: Task type -> module path -> linear or norm that adapters bring whole. The last one
             gives the logits.
         graphs: Task type -> how it is answered.
@@ -36,6 +38,7 @@ class Layout:
     linears: frozenset[str]
     embeddings: frozenset[str]
     sites: dict[str, Literal["linear", "embedding", "shift"]]
+    whole: dict[str, dict[str, tuple[int, ...]]]
     heads: dict[TaskType, dict[str, nn.Module]]
     graphs: dict[TaskType, Graph]
 
@@ -55,7 +58,7 @@ class Layout:
                 width, rows = module.num_embeddings, module.embedding_dim
             elif path in self.linears:
                 width, rows = features(module)
-            shapes[path] = SiteShape(kind, width, rows, bias is not None, _whole(module))
+            shapes[path] = SiteShape(kind, width, rows, bias is not None, self.whole[path])
         return shapes
 
     def head_sites(self, task_type: TaskType) -> Iterator[tuple[str, str, nn.Module]]:
@@ -105,6 +108,7 @@ def find_layout(checkpoint: Checkpoint) -> Layout:
         linears=frozenset(linears),
         embeddings=frozenset([embedding]),
         sites=sites,
+        whole={path: _whole(model.get_submodule(path)) for path in sites},
         heads=heads,
         graphs=graphs,
     )

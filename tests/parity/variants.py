@@ -133,6 +133,14 @@ def _no_olora(base: Base) -> Expectation | None:
     return PeftCannot("size mismatch") if base.conv1d else None
 
 
+def _whole_linear(base: Base) -> dict[str, Any]:
+    return {"modules_to_save": [*(_saved(base, "SEQ_CLS") or ()), base.ffn_out]}
+
+
+def _no_whole_conv1d(base: Base) -> Expectation | None:
+    return Refused("brought whole, as only linears and") if base.conv1d else None
+
+
 def _has_pooler(base: Base) -> bool:
     return base.pooler is not None
 
@@ -195,6 +203,8 @@ BEYOND = (
     Variant("embedding-bias-all", lora(also("embedding"), bias="all")),
     Variant("pooler", lora(**POOLER), only=_has_pooler),
     Variant("pooler-dora", lora(use_dora=True, **POOLER), only=_has_pooler),
+    Variant("whole-linear", lora(_whole_linear), unlike=_no_whole_conv1d),
+    Variant("whole-linear-dora", lora(_whole_linear, use_dora=True), unlike=_no_whole_conv1d),
 )
 TOKENS = (
     Variant("token-lora", lora(task="TOKEN_CLS")),
