@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from transformers import BertConfig, BertModel
 from transformers.utils import ModelOutput
 
 from adapters.store import Store
@@ -71,14 +72,33 @@ def again(work: Work) -> tuple[Callable[[], None], ModelOutput]:
     return replay, output
 
 
-@pytest.fixture
-def engine(tiny_base: str, make_adapter: Callable[..., PeftModel], tmp_path: Path) -> Engine:
-    """Slots 1 to 5 are packed alike, with different numbers of labels; slot 6 is not."""
-    engine = Engine(tiny_base, quantization="none", device="cpu")
+@pytest.fixture(params=[True, False], ids=["pooler", "no-pooler"])
+def engine(
+    request: pytest.FixtureRequest,
+    save_base: Callable[..., str],
+    make_adapter: Callable[..., PeftModel],
+    tmp_path: Path,
+) -> Engine:
+    """Slots 1 to 5 are packed alike, with different numbers of labels; slot 6 is not.
+
+    A pooler that the base has is a site of the encoder, and one that it lacks a head within it.
+    """
+    config = BertConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=40,
+        initializer_range=0.2,
+    )
+    base = save_base(BertModel, config, add_pooling_layer=request.param)
+    engine = Engine(base, quantization="none", device="cpu")
+    assert engine.encoder._captured._within == ([] if request.param else ["bert.pooler.dense"])
     for slot in range(1, 7):
         folder = tmp_path / f"task{slot}"
         targets, saved = ("query", "value"), ["classifier", "pooler"]
-        make_adapter(folder, tiny_base, 1 + slot, 4 + slot // 6, targets, seed=slot, saved=saved)
+        make_adapter(folder, base, 1 + slot, 4 + slot // 6, targets, seed=slot, saved=saved)
         engine.write(slot, engine.read(Store(tmp_path).read(f"task{slot}")))
     return engine
 
