@@ -191,12 +191,7 @@ class Model:
         files = self.store.read(task)
         if version is not None and files.version != version:
             raise AdapterChanged(task, version, files.version)
-        loaded = self.engine.read(files)
-        if self.engine.device.type == "cuda":
-            # From pinned memory a slot is written without a copy in between, and without waiting.
-            packed = replace(loaded.packed, pages=loaded.packed.pages.pin_memory())
-            loaded = replace(loaded, packed=packed)
-        return loaded
+        return self.engine.read(files)
 
     async def _fetch(self, name: str) -> Loaded:
         """Return `task@version` from the host's RAM, or read it."""
