@@ -1,11 +1,23 @@
 """`make bench-gpu` runs from end to end: here on a CPU, with bases of two layers."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from transformers import BertConfig
 
 from benchmarks import gpu
 from benchmarks.gpu import Base, Sizes, as_table, llama, measure
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    # Two threads on two busy cores mostly wait for each other.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
