@@ -35,11 +35,16 @@ class Budget:
         self._tokens_per_s: deque[float] = deque(maxlen=2)
 
     @property
+    def most_tokens(self) -> int:
+        """Most tokens of any forward, padded."""
+        return self._planner.max_tokens
+
+    @property
     def max_tokens(self) -> int:
         """Most tokens of the next forward, padded."""
         if not self._tokens_per_s:
-            return min(_FIRST_TOKENS, self._planner.max_tokens)
-        return min(int(self._max_forward_s * max(self._tokens_per_s)), self._planner.max_tokens)
+            return min(_FIRST_TOKENS, self.most_tokens)
+        return min(int(self._max_forward_s * max(self._tokens_per_s)), self.most_tokens)
 
     def pick(self, lengths: Sequence[int]) -> list[int]:
         """Choose the next batch, see `Planner.pick`."""

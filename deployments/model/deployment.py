@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -35,6 +35,7 @@ from deployments.rows import Facts, Prediction, Row, Tokens
 
 logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
+Rest = Callable[[float], Awaitable[None]]
 # At a time: a load is mostly Python, and each more that runs keeps forward and event loop waiting.
 _LOADS = 2
 # Of the time while rows are answered, how much prefetching may take.
@@ -64,7 +65,7 @@ class Model:
         self._pages = to_pages(vocabulary)
         self.planner = make_planner(args, self.engine.device)
         host_bytes = int(args.max_host_gib * GIB)
-        memory = take_stock(self.engine.encoder, self.planner.max_tokens, host_bytes)
+        memory = take_stock(self.engine.encoder, self.planner.most_tokens, host_bytes)
         memory.check()
         self.host: Host[Loaded] = Host(host_bytes, lambda item: item.num_bytes)
         self.slots: Slots[Loaded] = Slots(
@@ -106,12 +107,14 @@ class Model:
         left for its first request to say so.
         """
         for task in tasks:
-            started_s, busy = time.perf_counter(), self._num_calls > 0
             with contextlib.suppress(AdapterError):
-                await self.describe(task)
-            if busy or self._num_calls:
-                taken_s = time.perf_counter() - started_s
-                await asyncio.sleep(taken_s * (1 / _PREFETCH_SHARE - 1))
+                loaded = await self._read(task, rest=self._rest)
+                self.host.put(f"{task}@{loaded.artifact.version}", loaded)
+
+    async def _rest(self, taken_s: float) -> None:
+        """Leave the interpreter to the rows that are answered, after so long a piece of work."""
+        if self._num_calls:
+            await asyncio.sleep(taken_s * (1 / _PREFETCH_SHARE - 1))
 
     async def predict(
         self,
@@ -174,24 +177,31 @@ class Model:
         """Bring a task's current version into host RAM and return its name."""
         return f"{task}@{(await self.describe(task))['version']}"
 
-    async def _read(self, task: str, version: str | None = None) -> Loaded:
+    async def _read(
+        self, task: str, version: str | None = None, rest: Rest | None = None
+    ) -> Loaded:
         """Read and validate a folder off the event loop, so that other rows keep flowing.
 
-        What failed fails again at once, as long as the folder is as it was.
+        What failed fails again at once, as long as the folder is as it was. `rest` is awaited after
+        each piece of the work with the seconds that it took.
         """
         look = await self._off_loop(self.store.look, task)
         with self.failures.remembering(f"{task}@{version or ''}", look):
             try:
-                return await self._off_loop(self._read_now, task, version)
+                files = await self._in_pieces(rest, self.store.read, task)
+                if version is not None and files.version != version:
+                    raise AdapterChanged(task, version, files.version)
+                return await self._in_pieces(rest, self.engine.read, files)
             except AdapterRefused as error:
                 logger.warning("adapter=%s refused: %s", task, "; ".join(error.problems))
                 raise
 
-    def _read_now(self, task: str, version: str | None) -> Loaded:
-        files = self.store.read(task)
-        if version is not None and files.version != version:
-            raise AdapterChanged(task, version, files.version)
-        return self.engine.read(files)
+    async def _in_pieces(self, rest: Rest | None, work: Callable[..., T], *args: Any) -> T:
+        started_s = time.perf_counter()
+        result = await self._off_loop(work, *args)
+        if rest is not None:
+            await rest(time.perf_counter() - started_s)
+        return result
 
     async def _fetch(self, name: str) -> Loaded:
         """Return `task@version` from the host's RAM, or read it."""

@@ -40,6 +40,7 @@ def test_a_slow_base_shrinks_the_budget_after_its_first_forward() -> None:
 def test_a_fast_base_has_all_tokens_from_the_second_forward_on() -> None:
     budget = Budget(Planner(64, 1024))
     simulated(budget, [32] * 3, fixed_s=0.005, token_s=5e-5)
+    assert budget.most_tokens == 1024
     assert budget.max_tokens == 1024
 
 
