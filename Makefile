@@ -12,7 +12,7 @@ ifneq ($(wildcard /etc/ssl/certs/ca-certificates.crt),)
 export UV_SYSTEM_CERTS ?= 1
 endif
 
-.PHONY: help setup serve test test-all test-lowest check bench train readme lock clean
+.PHONY: help setup serve test test-all test-lowest check bench bench-gpu train readme lock clean
 # A venv that failed half-way (Debian without python3-venv) must not look like one.
 .DELETE_ON_ERROR:
 
@@ -53,6 +53,9 @@ check: setup  ## Check format, lint and types
 bench: setup $(BENCH_STAMP)  ## Answer all questions of benchmarks/ anew, and write the docs
 	$(BIN)/python -m benchmarks
 	$(BIN)/python docs/readme.py
+
+bench-gpu: setup  ## Measure on one GPU, in minutes: our batches, the plain base, PEFT, memory
+	$(BIN)/python -m benchmarks.gpu
 
 train: setup  ## Train the example adapters anew
 	$(BIN)/python examples/train.py

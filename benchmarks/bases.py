@@ -25,10 +25,11 @@ def base_folder(name: str, folder: Path) -> str:
     return str(folder / name)
 
 
-def with_adapters(base: str, targets: str, count: int) -> PeftModel:
+def with_adapters(base: str, targets: str | dict[str, Any], count: int) -> PeftModel:
     """PEFT's model with so many random adapters of two labels, `a0`, `a1`, …."""
+    kind = TARGETS[targets] if isinstance(targets, str) else targets
     torch.manual_seed(0)
-    config = LoraConfig(task_type=TaskType.SEQ_CLS, **TARGETS[targets])
+    config = LoraConfig(task_type=TaskType.SEQ_CLS, **kind)
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
     peft = get_peft_model(model, config, adapter_name="a0")
     for index in range(1, count):

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
+from deployments.model.copies import Copies
 from deployments.model.pages import Pages
 
 Tensors = Mapping[str, torch.Tensor]
@@ -61,7 +62,7 @@ class Packed:
 
 
 @dataclass(frozen=True, slots=True)
-class _Seat:
+class Seat:
     """A resident adapter: its pages by number, int64 on the device, those of its head apart."""
 
     packing: Packing
@@ -116,14 +117,15 @@ class Bank:
             1 + self.num_pages, self.page_bytes, dtype=torch.uint8, device=device
         )
         self.memory[0] = 0
+        self._copies = Copies(device)
         self._body = self.memory.view(dtype)
         self._heads = self.memory.view(torch.float32)
         self._free = Pages(1, 1 + self.num_pages)
         nothing = torch.empty(0, dtype=torch.int64, device=device)
-        self._seats = {0: _Seat(Packing({}, 0), {}, (), nothing, nothing)}
+        self._seats = {0: Seat(Packing({}, 0), {}, (), nothing, nothing)}
         self._packings: WeakValueDictionary[tuple[object, ...], Packing] = WeakValueDictionary()
         self.runs: list[Run] = []
-        self.rows: list[_Seat] = []
+        self.rows: list[Seat] = []
 
     def pack(self, body: Mapping[str, Tensors], heads: Tensors) -> Packed:
         """Lay an adapter's tensors out in pages.
@@ -144,7 +146,13 @@ class Bank:
         for name, tensor in heads.items():
             parts[name] = self._part(tensor, torch.float32, num_of_heads)
             num_of_heads = parts[name].pages.stop
-        pages = torch.zeros(num_pages + num_of_heads, self.page_bytes, dtype=torch.uint8)
+        pages = torch.zeros(
+            num_pages + num_of_heads,
+            self.page_bytes,
+            dtype=torch.uint8,
+            # From pinned memory a slot is written without a copy in between, and without waiting.
+            pin_memory=self.memory.is_cuda,
+        )
         for path, tensors in body.items():
             for name, tensor in tensors.items():
                 _write(pages[sites[path][name].pages].view(self.dtype), tensor)
@@ -169,14 +177,15 @@ class Bank:
         self.forget(slot)
         pieces = self._free.take(len(packed.pages))
         done = 0
-        for piece in pieces:
-            source = packed.pages[done : done + len(piece)]
-            self.memory[piece.start : piece.stop].copy_(source, non_blocking=True)
-            done += len(piece)
-        numbers = torch.cat([torch.arange(piece.start, piece.stop) for piece in pieces])
-        numbers = numbers.to(self.memory.device)
+        with self._copies.of(slot):
+            for piece in pieces:
+                source = packed.pages[done : done + len(piece)]
+                self.memory[piece.start : piece.stop].copy_(source, non_blocking=True)
+                done += len(piece)
+        device = self.memory.device
+        numbers = torch.cat([torch.arange(p.start, p.stop, device=device) for p in pieces])
         body, head = numbers.tensor_split([packed.packing.num_pages])
-        self._seats[slot] = _Seat(packed.packing, packed.heads, pieces, body, head)
+        self._seats[slot] = Seat(packed.packing, packed.heads, pieces, body, head)
 
     def forget(self, slot: int) -> None:
         """Free a slot's pages; there need not be any."""
@@ -190,6 +199,7 @@ class Bank:
 
     def route(self, slots: Sequence[int]) -> None:
         """Set what every site reads in the next forward: a slot for each row."""
+        self._copies.wait(slots)
         self.rows = [self._seats[slot] for slot in slots]
         self.runs, start = [], 0
         for _, group in itertools.groupby(self.rows, key=lambda seat: id(seat.packing)):
@@ -246,7 +256,7 @@ class Bank:
         for indices in sizes.values():
             yield indices, self._gather_head(name, [self.rows[index] for index in indices])
 
-    def _gather_head(self, name: str, seats: Sequence[_Seat]) -> torch.Tensor:
+    def _gather_head(self, name: str, seats: Sequence[Seat]) -> torch.Tensor:
         parts = [seat.heads[name] for seat in seats]
         shape = (max(part.shape[0] for part in parts), *parts[0].shape[1:])
         if all(seat is seats[0] for seat in seats):
@@ -258,7 +268,7 @@ class Bank:
         return tensors.expand(len(parts), *shape)
 
 
-def _run(rows: slice, seats: Sequence[_Seat]) -> Run:
+def _run(rows: slice, seats: Sequence[Seat]) -> Run:
     first, sites = seats[0], seats[0].packing.sites
     if any(seat is not first for seat in seats):
         return Run(rows, sites, torch.stack([seat.body for seat in seats]), None)

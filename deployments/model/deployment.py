@@ -20,7 +20,7 @@ from adapters.host import Host
 from adapters.pinned import Pinned
 from adapters.rules import ProblemType
 from adapters.slots import Slots
-from adapters.store import Files, Store
+from adapters.store import Store
 from deployments.config import GIB, Args
 from deployments.errors import BatchLoopDied
 from deployments.model.budget import Budget
@@ -191,7 +191,7 @@ class Model:
                 files = await self._in_pieces(rest, self.store.read, task)
                 if version is not None and files.version != version:
                     raise AdapterChanged(task, version, files.version)
-                return await self._in_pieces(rest, self._validate, files)
+                return await self._in_pieces(rest, self.engine.read, files)
             except AdapterRefused as error:
                 logger.warning("adapter=%s refused: %s", task, "; ".join(error.problems))
                 raise
@@ -202,14 +202,6 @@ class Model:
         if rest is not None:
             await rest(time.perf_counter() - started_s)
         return result
-
-    def _validate(self, files: Files) -> Loaded:
-        loaded = self.engine.read(files)
-        if self.engine.device.type == "cuda":
-            # From pinned memory a slot is written without a copy in between, and without waiting.
-            packed = replace(loaded.packed, pages=loaded.packed.pages.pin_memory())
-            loaded = replace(loaded, packed=packed)
-        return loaded
 
     async def _fetch(self, name: str) -> Loaded:
         """Return `task@version` from the host's RAM, or read it."""

@@ -20,6 +20,7 @@ from deployments.model.attention import steady
 from deployments.model.bank import Bank
 from deployments.model.checkpoint import Checkpoint
 from deployments.model.deltas import Deltas
+from deployments.model.graphs import Captured, on_cuda
 from deployments.model.heads import HeadGraph
 from deployments.model.layout import Layout, find_layout, is_target
 from deployments.model.quantize import Quantization, quantize
@@ -90,6 +91,11 @@ class Encoder:
         self._graphs = self._build_graphs(checkpoint, layout)
         self._install(layout)
         nn.Module.to(self.model, device)
+        self._captured = Captured(
+            self.model.base_model, self.bank, self.pad_id or 0, self.max_positions
+        )
+        if device.type == "cuda":
+            self._captured.record = on_cuda(device)
 
     def _prepare(self, device: torch.device) -> None:
         prepare = words(self.model).prepare
@@ -144,7 +150,9 @@ class Encoder:
         """
         segments = {} if type_ids is None else {"token_type_ids": type_ids}
         self.bank.route(slots)
-        encoded = self.model.base_model(input_ids=ids, attention_mask=mask, **segments)
+        encoded = self._captured.run(ids, mask, type_ids)
+        if encoded is None:
+            encoded = self.model.base_model(input_ids=ids, attention_mask=mask, **segments)
         if not any(of_tokens):
             return Logits(self._graphs["SEQ_CLS"](encoded, ids, mask), None)
         if all(of_tokens):
@@ -191,8 +199,15 @@ class Encoder:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """Return what base and LoRA compute in: bf16 on a GPU; fp32 on a CPU, where bf16 is slower."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    """Return what base and LoRA compute in: fp32 on a CPU, where bf16 is slower.
+
+    On a GPU bf16, or fp16 if its hardware has no bf16 (before compute capability 8, where torch
+    emulates it).
+    """
+    if device.type != "cuda":
+        return torch.float32
+    major, _ = torch.cuda.get_device_capability(device)
+    return torch.bfloat16 if major >= 8 else torch.float16
 
 
 def _lent(layout: Layout) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -191,8 +192,7 @@ class Engine:
         # Adapters that are packed alike share a product.
         good.sort(key=lambda index: self.encoder.bank.likeness(rows[index].slot))
         if good:
-            with torch.inference_mode():
-                logits = self.forward([rows[index] for index in good])
+            logits = self._answer([rows[index] for index in good])
             for of_tokens, part in enumerate(logits):
                 chosen = [i for i in good if self._of_tokens(rows[i]) == bool(of_tokens)]
                 if part is not None:
@@ -201,6 +201,17 @@ class Engine:
                     for index, prediction in zip(chosen, scored, strict=True):
                         answers[index] = prediction
         return answers  # type: ignore[return-value]  # no None is left
+
+    def _answer(self, rows: Sequence[Row]) -> Logits:
+        """Run one forward without gradients; if it does not fit, free what it took, and raise."""
+        try:
+            with torch.inference_mode():
+                return self.forward(rows)
+        except torch.OutOfMemoryError as error:
+            # The traceback would keep every layer's tensors while the halves of the batch run.
+            traceback.clear_frames(error.__traceback__)
+            torch.cuda.empty_cache()
+            raise
 
 
 def choose_device(device: str) -> torch.device:

@@ -9,6 +9,7 @@ import torch
 
 from deployments.config import GIB, ConfigError
 from deployments.model.encoder import Encoder
+from deployments.model.graphs import MAX_GRAPHS, MAX_TOKENS
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -20,7 +21,7 @@ class Memory:
     Attributes:
         weights: The base's, quantised as it is.
         bank: All pages, used or not.
-        activations: Of the largest forward, at most.
+        activations: Of the largest forward, and of CUDA graphs, at most.
         host: Adapters in RAM, if the device is a CPU and they share its memory.
         available: For all of them together.
     """
@@ -72,6 +73,7 @@ def take_stock(encoder: Encoder, max_tokens: int, host_bytes: int) -> Memory:
     activations = largest_activations(encoder, max_tokens)
     if encoder.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(encoder.device)
+        activations += largest_graphs(encoder, max_tokens)
         return Memory(weights, bank, activations, 0, free + weights + bank)
     # Pages that were never written take nothing yet.
     return Memory(weights, bank, activations, host_bytes, available_ram() + weights)
@@ -92,6 +94,14 @@ def largest_activations(encoder: Encoder, max_tokens: int) -> int:
         longest = min(encoder.max_positions or max_tokens, max_tokens)
         a_token += 3 * config.num_attention_heads * longest
     return max_tokens * a_token * encoder.bank.dtype.itemsize
+
+
+def largest_graphs(encoder: Encoder, max_tokens: int) -> int:
+    """Return the bytes that CUDA graphs take at most: a forward's in common, an output each."""
+    tokens = min(max_tokens, MAX_TOKENS)
+    hidden: int = encoder.config.get_text_config().hidden_size
+    outputs = MAX_GRAPHS * tokens * hidden * encoder.bank.dtype.itemsize
+    return largest_activations(encoder, tokens) + outputs
 
 
 def available_ram() -> int:

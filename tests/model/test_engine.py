@@ -6,6 +6,7 @@ import torch
 from peft import PeftModel
 
 from adapters.store import Store
+from deployments.model.encoder import default_dtype
 from deployments.model.engine import BadRow, Engine
 from deployments.rows import Prediction, Row, Tokens
 
@@ -86,3 +87,15 @@ def test_a_gpu_that_is_not_there_is_said(tiny_base: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device=cuda, but torch sees no GPU here"):
         Engine(tiny_base, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((12, 0), torch.bfloat16)],
+)
+def test_a_gpu_computes_in_what_its_hardware_has(
+    capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert default_dtype(torch.device("cuda")) == dtype
+    assert default_dtype(torch.device("cpu")) == torch.float32

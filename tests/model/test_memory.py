@@ -9,7 +9,14 @@ import torch
 from deployments.config import GIB, ConfigError
 from deployments.model import memory
 from deployments.model.engine import Engine
-from deployments.model.memory import Memory, available_ram, largest_activations, take_stock
+from deployments.model.graphs import MAX_TOKENS
+from deployments.model.memory import (
+    Memory,
+    available_ram,
+    largest_activations,
+    largest_graphs,
+    take_stock,
+)
 
 
 def status_bytes(name: str) -> int:
@@ -67,3 +74,11 @@ def test_a_container_s_limit_counts(
     (tmp_path / "memory.current").write_text(f"{2 * GIB}\n")
     monkeypatch.setattr(memory, "_CGROUP", tmp_path)
     assert 0 < available_ram() <= (most or 2**60)
+
+
+def test_graphs_take_a_forward_of_their_own_and_an_output_each(
+    example_engine: Callable[[str], Engine],
+) -> None:
+    encoder = example_engine("none").encoder
+    assert largest_graphs(encoder, 100) == largest_activations(encoder, 100) + 16 * 100 * 384 * 4
+    assert largest_graphs(encoder, 16384) == largest_graphs(encoder, MAX_TOKENS)
