@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-QUESTIONS = ("mixing", "padding", "guide")
+QUESTIONS = ("mixing", "padding", "guide", "stages", "resident")
 
 
 def question(name: str) -> ModuleType:
