@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations` here: Ray reads the annotation of `build` as an object.
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray import serve
@@ -9,6 +10,7 @@ from ray.serve import Application
 
 from deployments.config import Args
 from deployments.ingress.deployment import Ingress
+from deployments.model.allocator import KEEP_FREED_MEMORY
 from deployments.model.deployment import Model
 
 # Rows queue in the model's own planner, so Serve must hand them over instead of holding them.
@@ -26,7 +28,9 @@ def build(args: Args) -> Application:
         ConfigError: A key is unknown or a value wrong; the sentence names it.
     """
     args = args.absolute().on(_device(args))
-    actor_options = {"num_cpus": args.num_cpus or 1, "num_gpus": args.gpus}
+    actor_options: dict[str, Any] = {"num_cpus": args.num_cpus or 1, "num_gpus": args.gpus}
+    if args.device == "cpu":
+        actor_options["runtime_env"] = {"env_vars": KEEP_FREED_MEMORY}
     scaling = (
         {"num_replicas": args.num_replicas or 1}
         if args.max_replicas is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -62,6 +63,11 @@ class Args(BaseModel):
         1.0, description="RAM for adapters that were loaded and wait for a slot, a replica."
     )
 
+    pinned_tasks: tuple[Name, ...] = Field(
+        (),
+        description="Tasks that are in slots before a replica takes traffic, and never leave them.",
+    )
+
     max_batch_rows: Annotated[int, Field(ge=1)] = Field(64, description="Most rows in a forward.")
     max_batch_tokens: Annotated[int, Field(ge=1)] | Auto = Field(
         "auto",
@@ -83,8 +89,8 @@ class Args(BaseModel):
     )
     num_cpus: Annotated[int, Field(ge=1)] | None = Field(
         None,
-        description="CPUs a model replica reserves and computes with; all of its node's "
-        "without reserving more than one, unless said.",
+        description="CPUs a model replica reserves and computes with; unless said, it reserves "
+        "one and computes with its share of its node's, less one for all that is no forward.",
     )
 
     max_request_rows: Annotated[int, Field(ge=1)] = Field(
@@ -115,7 +121,7 @@ class Args(BaseModel):
                 raise ValueError(f"base_aliases: {name!r} is not a hub id (org/name)")
         return value
 
-    @field_validator("base_aliases", mode="before")
+    @field_validator("base_aliases", "pinned_tasks", mode="before")
     @classmethod
     def _split_names(cls, value: Any) -> Any:
         """The command line has no lists: `base_aliases=a/b,c/d`."""
@@ -134,6 +140,11 @@ class Args(BaseModel):
             raise ConfigError("min_replicas needs max_replicas beside it")
         if args.max_replicas is not None and (args.min_replicas or 1) > args.max_replicas:
             raise ConfigError("min_replicas is over max_replicas")
+        if args.adapter_slots != "auto" and len(args.pinned_tasks) >= args.adapter_slots:
+            raise ConfigError(
+                f"pinned_tasks names {len(args.pinned_tasks)} tasks, which leaves none of "
+                f"adapter_slots={args.adapter_slots} to all others; raise adapter_slots"
+            )
         return args
 
     @property
@@ -153,6 +164,14 @@ class Args(BaseModel):
         if Path(self.base_model).exists():
             changes["base_model"] = str(Path(self.base_model).absolute())
         return self.model_copy(update=changes)
+
+
+def tokenize_without_pool() -> None:
+    """Let the Rust tokenizers work in the thread that asks.
+
+    A pool of their own would be as large as the machine, whose CPUs are the forward's.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # read anew with every call
 
 
 def _sentences(error: ValidationError) -> list[str]:

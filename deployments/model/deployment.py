@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import ray
 import torch
 
-from adapters.errors import AdapterChanged, AdapterRefused
+from adapters.errors import AdapterChanged, AdapterError, AdapterRefused
+from adapters.failures import Failures
 from adapters.host import Host
+from adapters.pinned import Pinned
 from adapters.rules import ProblemType
 from adapters.slots import Slots
 from adapters.store import Store
@@ -26,11 +29,16 @@ from deployments.model.engine import BadRow, Engine, Loaded
 from deployments.model.facts import to_facts
 from deployments.model.memory import take_stock
 from deployments.model.planner import Planner
+from deployments.model.threads import forward_threads
 from deployments.model.vocabulary import export_vocabulary, to_pages
 from deployments.rows import Facts, Prediction, Row, Tokens
 
 logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
+# At a time: a load is mostly Python, and each more that runs keeps forward and event loop waiting.
+_LOADS = 2
+# Of the time while rows are answered, how much prefetching may take.
+_PREFETCH_SHARE = 0.1
 
 
 class Model:
@@ -43,10 +51,13 @@ class Model:
 
     async def __init__(self, args: Args) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         """Load the base; the replica takes traffic when this returns."""
-        threads = args.num_cpus or len(os.sched_getaffinity(0))
+        threads = forward_threads(args, _num_nodes())
         # Thread counts are a thread's own, and Ray would leave this one a single core.
         self._device = ThreadPoolExecutor(1, "forward", torch.set_num_threads, (threads,))
+        self._loads = ThreadPoolExecutor(_LOADS, "load")
         self.store = Store(args.adapter_store)
+        self.failures = Failures()
+        self._num_calls = 0
         self.engine = await self._on_device(_make_engine, args)
         vocabulary = export_vocabulary(self.engine.encoder)
         self._max_length = vocabulary["max_length"]
@@ -63,6 +74,8 @@ class Model:
             size=lambda item: item.num_pages,
             write=self._write,
         )
+        self.pinned = Pinned(args.pinned_tasks, self.slots, self._find)
+        await self.pinned.load()
         logger.info(
             "base=%s quantization=%s device=%s threads=%d memory: %s",
             args.base_model,
@@ -82,13 +95,23 @@ class Model:
         Raises:
             AdapterError: The task is not there, not complete, or refused with all its problems.
         """
-        try:
-            loaded = await self._read(task)
-        except AdapterRefused as error:
-            logger.warning("adapter=%s refused: %s", task, "; ".join(error.problems))
-            raise
+        loaded = await self._read(task)
         self.host.put(f"{task}@{loaded.artifact.version}", loaded)
         return to_facts(loaded.artifact, self._max_length)
+
+    async def prefetch(self, tasks: Collection[str]) -> None:
+        """Bring tasks into host RAM, one after the other, so that other loads need not wait.
+
+        While rows are answered it takes a share of the time only. A task that cannot be served is
+        left for its first request to say so.
+        """
+        for task in tasks:
+            started_s, busy = time.perf_counter(), self._num_calls > 0
+            with contextlib.suppress(AdapterError):
+                await self.describe(task)
+            if busy or self._num_calls:
+                taken_s = time.perf_counter() - started_s
+                await asyncio.sleep(taken_s * (1 / _PREFETCH_SHARE - 1))
 
     async def predict(
         self,
@@ -113,11 +136,16 @@ class Model:
             AdapterError: The version cannot be had.
             BatchLoopDied: This replica can answer nothing any more.
         """
-        async with self.slots.pin(f"{task}@{version}") as slot:
-            rows = [Row(slot, Tokens(*given), problem_type) for given in inputs]
-            answers = await asyncio.gather(
-                *(self.answer(row) for row in rows), return_exceptions=True
-            )
+        self._num_calls += 1
+        try:
+            async with self.slots.pin(f"{task}@{version}") as slot:
+                await self.pinned.follow(task, f"{task}@{version}")
+                rows = [Row(slot, Tokens(*given), problem_type) for given in inputs]
+                answers = await asyncio.gather(
+                    *(self.answer(row) for row in rows), return_exceptions=True
+                )
+        finally:
+            self._num_calls -= 1
         return [_as_data(answer) for answer in answers]
 
     @dynamic_batch
@@ -142,12 +170,33 @@ class Model:
         if queue is not None and not queue.alive:
             raise RuntimeError("the batch loop has ended")
 
+    async def _find(self, task: str) -> str:
+        """Bring a task's current version into host RAM and return its name."""
+        return f"{task}@{(await self.describe(task))['version']}"
+
     async def _read(self, task: str, version: str | None = None) -> Loaded:
-        """Read and validate a folder off the event loop, so that other rows keep flowing."""
-        files = await asyncio.to_thread(self.store.read, task)
+        """Read and validate a folder off the event loop, so that other rows keep flowing.
+
+        What failed fails again at once, as long as the folder is as it was.
+        """
+        look = await self._off_loop(self.store.look, task)
+        with self.failures.remembering(f"{task}@{version or ''}", look):
+            try:
+                return await self._off_loop(self._read_now, task, version)
+            except AdapterRefused as error:
+                logger.warning("adapter=%s refused: %s", task, "; ".join(error.problems))
+                raise
+
+    def _read_now(self, task: str, version: str | None) -> Loaded:
+        files = self.store.read(task)
         if version is not None and files.version != version:
             raise AdapterChanged(task, version, files.version)
-        return await asyncio.to_thread(self.engine.read, files)
+        loaded = self.engine.read(files)
+        if self.engine.device.type == "cuda":
+            # From pinned memory a slot is written without a copy in between, and without waiting.
+            packed = replace(loaded.packed, pages=loaded.packed.pages.pin_memory())
+            loaded = replace(loaded, packed=packed)
+        return loaded
 
     async def _fetch(self, name: str) -> Loaded:
         """Return `task@version` from the host's RAM, or read it."""
@@ -155,19 +204,34 @@ class Model:
         return await self.host.get(name, lambda: self._read(task, version))
 
     async def _write(self, slot: int, loaded: Loaded, gone: Sequence[int]) -> None:
-        """Put an adapter into a slot, after those that leave."""
+        """Hand an adapter over to a slot, after those that leave.
+
+        It is not waited for. The one thread works in order, so every forward handed over from now
+        on finds it there, and its rows join the next batch instead of the one after.
+        """
         started_s = time.perf_counter()
-        await self._on_device(self.engine.write, slot, loaded, gone)
-        logger.info(
-            "adapter=%s@%s to=slot:%d bytes=%d ms=%.1f",
-            loaded.artifact.task,
-            loaded.artifact.version,
-            slot,
-            loaded.num_bytes,
-            1e3 * (time.perf_counter() - started_s),
-        )
-        if gone:
-            logger.info("left=slot:%s", ",".join(map(str, gone)))
+        name = f"{loaded.artifact.task}@{loaded.artifact.version}"
+
+        def written(writing: asyncio.Future[None]) -> None:
+            if writing.cancelled():
+                return
+            if writing.exception() is not None:
+                # The slot is empty now: rows for it fail, and none is answered by another adapter.
+                self._device_lost = True
+                logger.error("adapter=%s was not written", name, exc_info=writing.exception())
+                return
+            taken_ms = 1e3 * (time.perf_counter() - started_s)
+            size = loaded.num_bytes
+            logger.info("adapter=%s to=slot:%d bytes=%d ms=%.1f", name, slot, size, taken_ms)
+            if gone:
+                logger.info("left=slot:%s", ",".join(map(str, gone)))
+
+        loop = asyncio.get_running_loop()
+        writing = loop.run_in_executor(self._device, self.engine.write, slot, loaded, gone)
+        writing.add_done_callback(written)
+
+    async def _off_loop(self, work: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._loads, work, *args)
 
     async def _on_device(self, work: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._device, work, *args)
@@ -196,6 +260,13 @@ def _timed(
     started_s = time.perf_counter()
     answers = predict(rows)
     return answers, time.perf_counter() - started_s
+
+
+def _num_nodes() -> int:
+    """Return how many nodes replicas are spread over; without Ray this process is on the one."""
+    if not ray.is_initialized():
+        return 1
+    return sum(node["Alive"] and node["Resources"].get("CPU", 0) >= 1 for node in ray.nodes())
 
 
 def _make_engine(args: Args) -> Engine:

@@ -2,7 +2,7 @@
 
 A row's answer must not depend on its neighbours, so every activation is scaled by itself: int8 on
 a CPU scales each token, and bitsandbytes' outlier columns, which it picks from the whole batch, are
-switched off. This module is the only one that knows how a quantised linear is made.
+switched off. Only this module and `int8` know how a quantised linear is made.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from deployments.model.int8 import Int8Linear, int8_is_exact
 
 Quantization = Literal["none", "int8", "nf4"]
 
@@ -35,12 +37,6 @@ def choose(asked: str, device: torch.device) -> Quantization:
     if asked not in ("none", "int8", "nf4"):
         raise ValueError(f"quantization={asked!r} is not one of auto, none, int8, nf4")
     return asked  # type: ignore[return-value]
-
-
-def int8_is_exact() -> bool:
-    """Multiply the largest int8 values and compare: without VNNI, 16-bit partial sums saturate."""
-    extreme = torch.full((32, 64), 127, dtype=torch.int8)
-    return bool((torch._int_mm(extreme, extreme.t()) == 64 * 127 * 127).all())
 
 
 def quantize(
@@ -120,57 +116,3 @@ def _stay_exact(linear4bit: nn.Module) -> None:
     answer, and lets no gradient through.
     """
     linear4bit.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-
-
-class Int8Linear(nn.Linear):
-    """A linear with int8 weights, one scale an output, and int8 activations, one scale a token.
-
-    y[t] = (q(x[t]) · Qᵀ) · s_w · s_x[t] + bias, with q and Q rounded to ±127 (absmax). The integer
-    product is exact, so a token's result depends on that token alone.
-    """
-
-    quantized: torch.Tensor
-    scale: torch.Tensor
-
-    def __init__(self, linear: nn.Linear) -> None:
-        """Quantise a linear's weight, [out, in], float, CPU."""
-        nn.Module.__init__(self)  # not nn.Linear's: it would register a float weight
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
-        weight = linear.weight.detach().float()
-        scale = weight.abs().amax(dim=1).clamp_min(1e-12) / 127
-        quantized = (weight / scale.unsqueeze(1)).round().to(torch.int8)
-        self.register_buffer("quantized", quantized.contiguous())  # [out, in]
-        self.register_buffer("scale", scale)  # [out]
-        self.bias = linear.bias
-
-    @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """The weight as the product sees it, [out, in], fp32; made anew at every read."""
-        return self.quantized.float() * self.scale.unsqueeze(1)
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Map [..., in] to [..., out], in the dtype of the input."""
-        return _Int8Product.apply(input, self)  # type: ignore[no-any-return]
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """The product without a gradient."""
-        flat = x.reshape(-1, self.in_features).float()
-        scale = flat.abs().amax(dim=1, keepdim=True).clamp_min(1e-12).div_(127)
-        rows = flat.div(scale).round_().to(torch.int8)
-        y = torch._int_mm(rows, self.quantized.t()).float().mul_(scale)
-        y = y.mul_(self.scale) if self.bias is None else torch.addcmul(self.bias, y, self.scale)
-        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
-
-
-class _Int8Product(torch.autograd.Function):
-    """Lets gradients through to the input as if the weight were dequantised and x not rounded."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, linear: Int8Linear) -> torch.Tensor:
-        ctx.linear = linear
-        return linear.product(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grads[0] @ ctx.linear.weight.to(grads[0].dtype), None

@@ -8,7 +8,8 @@ from torch.nn.functional import linear as product
 from transformers import AutoModelForSequenceClassification
 
 from deployments.model.engine import Engine
-from deployments.model.quantize import Int8Linear, choose, int8_is_exact, quantize
+from deployments.model.int8 import Int8Linear, int8_is_exact
+from deployments.model.quantize import choose, quantize
 from deployments.model.sites import HeadSite
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -95,6 +96,17 @@ def test_int8_keeps_dtype_and_shape_and_maps_zeros_to_the_bias(linear: nn.Linear
         assert torch.equal(y[0, 0, 0], linear.bias.to(dtype))
     unbiased = Int8Linear(nn.Linear(96, 40, bias=False))
     assert not unbiased(torch.zeros(2, 96)).any()
+
+
+def test_int8_answers_the_same_with_and_without_gradients_and_changes_nothing(
+    linear: nn.Linear, x: torch.Tensor
+) -> None:
+    int8, given, bias = Int8Linear(linear), x.clone(), linear.bias.clone()
+    answer = int8(x)
+    with torch.inference_mode():
+        assert torch.equal(int8(x), answer)
+    assert torch.equal(x, given)
+    assert torch.equal(linear.bias, bias)
 
 
 def test_int8_treats_each_token_by_itself(linear: nn.Linear, x: torch.Tensor) -> None:

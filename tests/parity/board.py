@@ -13,7 +13,7 @@ from torch import nn
 from adapters.errors import AdapterRefused
 from adapters.store import Store
 from deployments.model.engine import Engine
-from deployments.model.quantize import Int8Linear
+from deployments.model.int8 import Int8Linear
 from deployments.rows import Row, Tokens
 from tests.parity.bases import FIRST_PLAIN_ID, VOCAB, Base
 

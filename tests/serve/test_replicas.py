@@ -12,6 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
+from deployments.model.allocator import KEEP_FREED_MEMORY
+
 TASKS = ("aspects", "sentiment", "spam", "topic")
 TEXTS = ["I absolutely loved this product!", "The parcel came late and nobody answered."]
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,6 +62,11 @@ def test_both_replicas_answer_every_task_as_peft_does(pair: Path, ask: Any, orac
     for answer in answers:
         for got, wanted in zip(probabilities(answer), want[answer["task"]], strict=True):
             assert got == pytest.approx(wanted, abs=1e-4)
+
+
+def test_replicas_are_started_so_that_they_keep_freed_memory(pair: Path) -> None:
+    for pid in model_pids():
+        assert psutil.Process(pid).environ().items() >= KEEP_FREED_MEMORY.items()
 
 
 def test_a_killed_replica_fails_no_request(pair: Path, ask: Any) -> None:
