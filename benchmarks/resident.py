@@ -39,7 +39,7 @@ MODULES: dict[str, Any] = {
     "all-linear": "all-linear",
 }
 ROWS, TOKENS, WIDE = 32, 32, 8
-ROUNDS = {"MiniLM": 15, "BERT-base": 7}
+ROUNDS = {"MiniLM": 11, "BERT-base": 5}
 # As many ranks as adapters, and the one rank that is their mean.
 SPREAD = {
     "q,v": ((4, 5, 6, 7, 9, 10, 11, 12), 8),
