@@ -9,6 +9,7 @@ what follows until the caller has the answer. Inside a forward every moment is c
 function that was entered last, so that LoRA is what sites do beside the base's modules. Of the
 device's thread, `queue` is the time in which no forward ran. The total is on the callers' own
 clocks, the thread's on that of the run; the script fails unless the stages sum to both within 3 %.
+The forward has the machine's CPUs but one, as in the server (docs/adr/0005).
 """
 
 from __future__ import annotations
