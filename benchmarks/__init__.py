@@ -16,7 +16,17 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-QUESTIONS = ("mixing", "int8", "padding", "cliff", "many", "guide", "threads")
+QUESTIONS = (
+    "mixing",
+    "int8",
+    "padding",
+    "cliff",
+    "many",
+    "resident",
+    "guide",
+    "stages",
+    "threads",
+)
 
 
 def question(name: str) -> ModuleType:

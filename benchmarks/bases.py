@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +40,11 @@ def with_adapters(base: str, targets: str | dict[str, Any], count: int) -> PeftM
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
     return peft.eval().requires_grad_(False)
+
+
+def save_each(peft: PeftModel, store: Path) -> None:
+    """Save every adapter of a model as a task of its own."""
+    for name in peft.peft_config:
+        peft.save_pretrained(str(store / "_"), selected_adapters=[name])
+        (store / "_" / name).rename(store / name)
+    shutil.rmtree(store / "_")
