@@ -246,7 +246,7 @@ def draw(rows: Sequence[dict[str, Any]], figure: Any) -> None:
         left.plot(own, [row["by_own"] for row in found], "o", markersize=4, label=base)
     left.axhline(1.5, color="black", linewidth=0.8, linestyle="--")
     left.set_xscale("log")
-    left.set_ylim(1, 1.6)
+    left.set_ylim(0.9, 1.6)
     left.set_xlabel("an adapter's own MiB")
     left.set_ylabel("what it takes of the bank, by that")
     left.legend()
