@@ -187,4 +187,8 @@ def draw(rows: Sequence[dict[str, Any]], figure: Any) -> None:
 
 def in_short(rows: Sequence[dict[str, Any]]) -> str:
     (start,) = (row for row in rows if row["part"] == "start")
-    return f"{start['adapters']:,} adapters in the store add {start['added_s']:.1f} s to a start."
+    seconds = start["start_s"]
+    return (
+        f"With {start['adapters']:,} adapters in the store a start takes {seconds['many']:.1f} s, "
+        f"with {FEW} {seconds['few']:.1f} s."
+    )
