@@ -188,15 +188,16 @@ class Model:
         look = await self._off_loop(self.store.look, task)
         with self.failures.remembering(f"{task}@{version or ''}", look):
             try:
-                files = await self._in_pieces(rest, self.store.read, task)
+                files = await self._piece(rest, self.store.read, task)
                 if version is not None and files.version != version:
                     raise AdapterChanged(task, version, files.version)
-                return await self._in_pieces(rest, self.engine.read, files)
+                artifact = await self._piece(rest, self.engine.validate, files)
+                return await self._piece(rest, self.engine.pack, artifact)
             except AdapterRefused as error:
                 logger.warning("adapter=%s refused: %s", task, "; ".join(error.problems))
                 raise
 
-    async def _in_pieces(self, rest: Rest | None, work: Callable[..., T], *args: Any) -> T:
+    async def _piece(self, rest: Rest | None, work: Callable[..., T], *args: Any) -> T:
         started_s = time.perf_counter()
         result = await self._off_loop(work, *args)
         if rest is not None:

@@ -51,7 +51,7 @@ class Loaded:
 class Engine:
     """One base, many adapters, one forward for rows of any of them.
 
-    Used by one thread at a time, but for `read`, which touches no slot.
+    Used by one thread at a time, but for `read` and its halves, which touch no slot.
     """
 
     def __init__(
@@ -103,16 +103,22 @@ class Engine:
         Raises:
             AdapterRefused: With every problem that was found.
         """
+        return self.pack(self.validate(files))
+
+    def validate(self, files: Files) -> Artifact:
+        """Do the first half of `read`."""
         # Only where it is compared: hashing a large base takes a minute.
         compared = b"base_sha256" in files.contents.get(RULES, b"")
-        sha256 = self.encoder.sha256 if compared else None
-        artifact = read_artifact(files, self.geometry, sha256)
+        return read_artifact(files, self.geometry, self.encoder.sha256 if compared else None)
+
+    def pack(self, artifact: Artifact) -> Loaded:
+        """Do the second half of `read`."""
         delta, bank = self.encoder.deltas.of(artifact), self.encoder.bank
         loaded = Loaded(artifact.without_tensors(), bank.pack(delta.body, delta.heads))
         if loaded.num_pages > bank.num_pages:
             mib, has = loaded.num_bytes / 2**20, bank.num_pages * bank.page_bytes / 2**20
             problem = f"it takes {mib:.1f} MiB and the bank has {has:.1f}; raise bank_gib"
-            raise AdapterRefused(files.task, [problem])
+            raise AdapterRefused(artifact.task, [problem])
         return loaded
 
     def write(self, slot: int, loaded: Loaded, gone: Iterable[int] = ()) -> None:
