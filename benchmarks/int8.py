@@ -45,7 +45,7 @@ def measure() -> Iterator[dict[str, Any]]:
         found = ways(Path(folder))
         for (rows, tokens), rounds in SHAPES.items():
             yield times(found, rows, tokens, rounds)
-        yield {"measured": "neighbours", "effect": {name: effect(found[name]) for name in WAYS}}
+        yield neighbours(found)
     yield agreement()
 
 
@@ -67,22 +67,23 @@ def ways(folder: Path) -> dict[str, Way]:
 def bert(attention: str = "sdpa") -> Any:
     """BERT-base, always the same, with one loud token.
 
-    Its embedding is all in one feature, that no other token has, so that its norm gives
-    sqrt(hidden) there and 0 elsewhere; the norm's weight makes it as loud as is wanted.
+    It alone has a first feature, and the embeddings' norm makes that one loud. In the table of
+    embeddings it is as small as any: ONNX Runtime quantises the table too, with one scale, and a
+    large entry there would round every other token to zero.
     """
     torch.manual_seed(0)
     config = BertConfig()
     model = AutoModelForSequenceClassification.from_config(config, attn_implementation=attention)
+    model.eval().requires_grad_(False)
     embeddings = model.bert.embeddings
-    ordinary = 4.0  # the largest of 768 normal numbers, about
-    with torch.no_grad():
-        for module in embeddings.children():
-            if isinstance(module, nn.Embedding):
-                module.weight[:, 0] = 0
-        embeddings.word_embeddings.weight[LOUD] = 0
-        embeddings.word_embeddings.weight[LOUD, 0] = 1e3
-        embeddings.LayerNorm.weight[0] = LOUDER * ordinary / config.hidden_size**0.5
-    return model.eval().requires_grad_(False)
+    for module in embeddings.children():
+        if isinstance(module, nn.Embedding):
+            module.weight[:, 0] = 0
+    embeddings.word_embeddings.weight[LOUD, 0] = embeddings.word_embeddings.weight.abs().max()
+    ordinary = embeddings(inputs(32, 64)).abs().max()
+    loud = embeddings(torch.full((1, 64), LOUD))[..., 0].abs().mean()
+    embeddings.LayerNorm.weight[0] = LOUDER * ordinary / loud
+    return model
 
 
 def run(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -114,16 +115,27 @@ def times(found: dict[str, Way], rows: int, tokens: int, rounds: int) -> dict[st
     }
 
 
-def effect(way: Way) -> dict[str, float]:
-    """The largest change of the first row's logits when its neighbours change."""
-    (rows, tokens), ids = next(iter(SHAPES)), inputs(*next(iter(SHAPES)))
-    others, loud = inputs(rows, tokens, seed=1), torch.full((rows, tokens), LOUD)
+def neighbours(found: dict[str, Way]) -> dict[str, Any]:
+    """Each way's largest change of the first row's logits when its neighbours change."""
+    shape = next(iter(SHAPES))
+    ids, others, loud = inputs(*shape), inputs(*shape, seed=1), torch.full(shape, LOUD)
     others[0] = loud[0] = ids[0]
-    first = way(ids)[0]
-    return {
-        "others": (way(others)[0] - first).abs().max().item(),
-        "loud": (way(loud)[0] - first).abs().max().item(),
-    }
+    exact = found["fp32"](ids)
+    effect, error = {}, {}
+    for name, way in found.items():
+        logits = way(ids)
+        # A way that answers every row alike would show no effect at all.
+        spread, wanted = logits.std(dim=0).mean(), exact.std(dim=0).mean()
+        if spread < wanted / 2:
+            raise RuntimeError(f"{name} does not tell rows apart: {spread:.1e}, not {wanted:.1e}")
+        error[name] = (logits - exact).abs().max().item()
+        effect[name] = {
+            "others": (way(others)[0] - logits[0]).abs().max().item(),
+            "loud": (way(loud)[0] - logits[0]).abs().max().item(),
+        }
+    embeddings = bert().bert.embeddings
+    louder = embeddings(loud[1:]).abs().max() / embeddings(ids).abs().max()
+    return {"measured": "neighbours", "effect": effect, "error": error, "louder": louder.item()}
 
 
 def agreement() -> dict[str, Any]:
@@ -165,18 +177,18 @@ def labels_of(store: Store, quantization: Quantization) -> dict[str, list[list[i
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:
-    (neighbours,) = (row["effect"] for row in rows if row["measured"] == "neighbours")
+    (moved,) = (row for row in rows if row["measured"] == "neighbours")
     (agreed,) = (row for row in rows if row["measured"] == "agreement")
     timed = [row for row in rows if row["measured"] == "times"]
     columns = ["", *(f"{row['rows']} × {row['tokens']}" for row in timed)]
-    columns += ["other neighbours", "loud neighbours"]
+    columns += ["off fp32", "other neighbours", f"{moved['louder']:.0f}x louder ones"]
     lines = []
     for name in WAYS:
         cells = [
             f"{row['median_ms'][name]:.0f} ms, {row['by_int8'][name]:.2f}x int8" for row in timed
         ]
-        moved = [f"{neighbours[name][which]:.0e}" for which in ("others", "loud")]
-        lines.append([name, *cells, *moved])
+        changes = (moved["error"][name], *moved["effect"][name].values())
+        lines.append([name, *cells, *(f"{change:.1g}" for change in changes)])
     said = f"{agreed['agreed']:.2%} of {agreed['rows']} held-out rows"
     return table(columns, lines) + f"\n\nint8 gives the labels of fp32 for {said}.\n"
 
