@@ -190,7 +190,10 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
         changes = (moved["error"][name], *moved["effect"][name].values())
         lines.append([name, *cells, *(f"{change:.1g}" for change in changes)])
     said = f"{agreed['agreed']:.2%} of {agreed['rows']} held-out rows"
-    return table(columns, lines) + f"\n\nint8 gives the labels of fp32 for {said}.\n"
+    return (
+        f"{table(columns, lines)}\n\nint8 gives the labels of fp32 for {said}. To reach: 2.0x fp32 "
+        "and 1.25x ONNX Runtime int8 with many rows, 1.0x fp32 with one; 1e-5; 98.5 %.\n"
+    )
 
 
 def in_short(rows: Sequence[dict[str, Any]]) -> str:
