@@ -25,7 +25,7 @@ from deployments.config import GIB, Args
 from deployments.errors import BatchLoopDied
 from deployments.model.budget import Budget
 from deployments.model.dynamic_batch import batch_queue, dynamic_batch
-from deployments.model.engine import BadRow, Engine, Loaded
+from deployments.model.engine import BadRow, EmptySlot, Engine, Loaded
 from deployments.model.facts import to_facts
 from deployments.model.memory import take_stock
 from deployments.model.planner import Planner
@@ -137,7 +137,7 @@ class Model:
 
         Raises:
             AdapterError: The version cannot be had.
-            BatchLoopDied: This replica can answer nothing any more.
+            BatchLoopDied: This replica cannot answer, and is about to be replaced.
         """
         self._num_calls += 1
         try:
@@ -289,6 +289,8 @@ def _as_data(answer: Prediction | BaseException) -> list[float] | list[list[floa
     """Return a row's scores, or a sentence where it alone failed."""
     if isinstance(answer, Prediction):
         return answer.scores
+    if isinstance(answer, EmptySlot):  # not the caller's fault, and another replica can answer
+        raise BatchLoopDied(str(answer)) from answer
     if isinstance(answer, BadRow):
         return str(answer)
     if isinstance(answer, BatchLoopDied) or not isinstance(answer, Exception):

@@ -25,6 +25,10 @@ class BadRow(ValueError):
     """A row that the base cannot read; the message says why."""
 
 
+class EmptySlot(BadRow):
+    """A row whose slot holds no adapter, because it could not be written."""
+
+
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """An artifact and its pages: all that a slot needs.
@@ -142,7 +146,7 @@ class Engine:
         """Return why a row cannot be read, or None if it can."""
         ids, type_ids = row.tokens
         if row.slot not in self._residents:
-            return BadRow(f"slot {row.slot} holds no adapter")
+            return EmptySlot(f"slot {row.slot} holds no adapter")
         if not ids:
             return BadRow("the input has no tokens")
         longest = self.encoder.max_positions
