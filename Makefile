@@ -4,6 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.stamp
+BENCH_STAMP := .venv/.stamp-bench
 # uv installs in parallel and from a cache. Without one on PATH, the lock's own is used.
 UV := $(or $(shell command -v uv 2>/dev/null),$(BIN)/uv)
 # uv trusts a list of its own; behind a proxy with its own authority only the machine's list is right.
@@ -11,7 +12,7 @@ ifneq ($(wildcard /etc/ssl/certs/ca-certificates.crt),)
 export UV_SYSTEM_CERTS ?= 1
 endif
 
-.PHONY: help setup serve test test-all test-lowest check bench train readme lock clean
+.PHONY: help setup serve test test-all test-lowest check bench bench-gpu train readme lock clean
 # A venv that failed half-way (Debian without python3-venv) must not look like one.
 .DELETE_ON_ERROR:
 
@@ -49,27 +50,30 @@ check: setup  ## Check format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: setup  ## Run the benchmarks
-	@if [ -f benchmarks/__main__.py ]; then exec $(BIN)/python -m benchmarks; fi; \
-	set -- benchmarks/*.py; \
-	if [ ! -f "$$1" ]; then echo "benchmarks/ holds no benchmark yet."; exit 0; fi; \
-	for script; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+bench: setup $(BENCH_STAMP)  ## Answer all questions of benchmarks/ anew, and write the docs
+	$(BIN)/python -m benchmarks
+	$(BIN)/python docs/readme.py
+
+bench-gpu: setup  ## Measure on one GPU, in minutes: our batches, the plain base, PEFT, memory
+	$(BIN)/python -m benchmarks.gpu
 
 train: setup  ## Train the example adapters anew
 	$(BIN)/python examples/train.py
 
-readme: setup  ## Write the numbers in README.md anew
+readme: setup  ## Write the numbers in README.md and docs/benchmarks.md anew
 	$(BIN)/python docs/readme.py
 
 # Keeps the versions that are locked already: `make lock UPGRADE=--upgrade` takes the newest.
 # No index address goes into the file, so it installs from any mirror.
-lock: | $(UV)  ## Write requirements.lock from pyproject.toml
-	$(UV) pip compile pyproject.toml --group dev --universal --python-version 3.11 \
-	    --generate-hashes --no-emit-index-url --custom-compile-command "make lock" \
-	    --quiet $(UPGRADE) --output-file requirements.lock
+COMPILE = $(UV) pip compile --universal --python-version 3.11 --generate-hashes \
+    --no-emit-index-url --custom-compile-command "make lock" --quiet $(UPGRADE)
+lock: | $(UV)  ## Write both requirements.lock from pyproject.toml
+	$(COMPILE) pyproject.toml --group dev --output-file requirements.lock
+	$(COMPILE) --group bench --constraints requirements.lock \
+	    --output-file benchmarks/requirements.lock
 
 clean:  ## Remove caches and examples/base; .venv stays and is checked again by the next make
-	rm -rf $(STAMP) examples/base .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(STAMP) $(BENCH_STAMP) examples/base .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # --python: a venv that happens to be active is not ours.
@@ -80,6 +84,12 @@ $(STAMP): requirements.lock examples/base.lock examples/base.py clients/pyprojec
 	$(UV) pip install --python $(BIN)/python --require-hashes --no-deps -r examples/base.lock
 	$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation -e clients
 	$(BIN)/python examples/base.py
+	@touch $@
+
+# Only what draws, and peers: the tests need none of it.
+$(BENCH_STAMP): benchmarks/requirements.lock $(STAMP) | $(UV)
+	$(UV) pip install --python $(BIN)/python --require-hashes --compile-bytecode \
+	    -r benchmarks/requirements.lock
 	@touch $@
 
 $(BIN)/python:

@@ -31,10 +31,11 @@ class Artifact:
         num_labels: Rows of its last head linear.
         num_bytes: Size of its tensors as they lie in the file.
         training_length: Longest input in training in tokens, if its tokenizer files tell.
-        tensors: Module path and part -> fp32 CPU tensor: `path.lora_A` [in, rank] and
-            `path.lora_B` [rank, out], which has the scaling folded in, as `path.lora_bias` [out]
-            has; DoRA's `path.magnitude` [out]; `path.ia3` [in] or [out]; `path.bias` [out], in
-            the place of the base's; of a head `path.weight` [out, in] and `path.bias`.
+        tensors: Module path and part -> fp32 CPU tensor: `path.lora_A` [rank, in], of an embedding
+            [entries, rank], and `path.lora_B` [rank, out], which has the scaling folded in, as
+            `path.lora_bias` [out] has; DoRA's `path.magnitude` [out]; `path.ia3` [in] or [out];
+            `path.bias` [out], in the place of the base's; of a module that it brings whole
+            `path.weight` [out, in] and `path.bias`.
         copies: Parameter -> a tensor that must equal the base's own, or the base is another.
     """
 

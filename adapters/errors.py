@@ -4,7 +4,8 @@
     ├── TaskNotFound        no folder of that name is in the store
     ├── AdapterIncomplete   its folder is still being copied; worth another try
     ├── AdapterChanged      its folder no longer holds the version that was asked for
-    └── AdapterRefused      it cannot be served; carries every problem that was found
+    ├── AdapterRefused      it cannot be served; carries every problem that was found
+    └── BankFull            the versions that are kept leave no room for it
 
 The base constructor gets what makes the same error again, so that they survive pickling.
 """
@@ -91,6 +92,23 @@ class AdapterRefused(AdapterError):
     def __str__(self) -> str:
         """All problems in one message."""
         return f"the adapter of task {self.task!r} was refused: {'; '.join(self.problems)}"
+
+
+class BankFull(AdapterError):
+    """What is pinned leaves no room for another adapter, and never leaves by itself."""
+
+    def __init__(self, version: str, num_kept: int) -> None:
+        """Name the version that found no room, and how many are kept."""
+        super().__init__(version, num_kept)
+        self.version = version
+        self.num_kept = num_kept
+
+    def __str__(self) -> str:
+        """Say what to change."""
+        return (
+            f"there is no room for {self.version} beside the {self.num_kept} adapters that are "
+            "pinned; raise bank_gib or adapter_slots, or pin fewer tasks"
+        )
 
 
 def _printable(sentence: str) -> str:

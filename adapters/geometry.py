@@ -1,10 +1,10 @@
-"""What a base offers to adapters: its sites, its heads, and how large a bank row is."""
+"""What a base offers to adapters: its sites and its heads."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from adapters.tokenizer import BaseTokenizer
@@ -17,17 +17,19 @@ class SiteShape:
     """One module of the base that reads the bank.
 
     Attributes:
-        kind: `linear` for one that keeps its weight and may get LoRA, vectors and a bias;
-            `embedding` likewise for LoRA; `shift` for a module whose bias alone may change.
+        kind: `linear` for one that may get LoRA, vectors and a bias; `embedding` likewise for
+            LoRA; `shift` for any other with a bias.
         in_features: Width of its input; of an embedding, the number of its entries.
         out_features: Width of its output.
         bias: Whether the module has a bias.
+        whole: Its parameters' shapes if an adapter may bring it whole, else empty.
     """
 
     kind: Literal["linear", "embedding", "shift"]
     in_features: int
     out_features: int
     bias: bool
+    whole: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +64,14 @@ class Graph:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """The sites of a base by module path, its heads, and the caps that all adapters share.
+    """The sites of a base by module path, and its heads.
 
     Attributes:
         base_id: The hub id that the server names, or None for a local folder.
         sites: Module path -> shape.
         graphs: Task type -> how it is answered.
-        linears: Every linear of the encoder, site or not.
-        embeddings: Every embedding of the encoder that may be targeted, site or not.
-        whole: Every module of the encoder that adapters could bring whole.
-        max_rank: Largest LoRA rank that a slot can hold.
-        max_labels: Largest number of labels that a slot can hold.
+        linears: Every linear of the encoder.
+        embeddings: Every embedding of the encoder that may be targeted.
         max_positions: Longest input in tokens, None where positions have no end.
         base_aliases: Other hub ids of the same base.
         tokenizer: The base's, None where it has none and adapters' are not compared.
@@ -82,11 +81,8 @@ class Geometry:
     sites: Mapping[str, SiteShape]
     graphs: Mapping[TaskType, Graph]
     linears: frozenset[str]
-    max_rank: int
-    max_labels: int
     max_positions: int | None
     embeddings: frozenset[str] = frozenset()
-    whole: frozenset[str] = frozenset()
     base_aliases: frozenset[str] = frozenset()
     tokenizer: BaseTokenizer | None = None
 

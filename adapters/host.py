@@ -13,7 +13,8 @@ T = TypeVar("T")
 class Host(Generic[T]):
     """An LRU of loaded adapters by version, with single-flight loads.
 
-    Owned by one event loop, hence no locks. The newcomer is in RAM before anything is evicted.
+    Owned by one event loop, hence no locks. The newcomer is in RAM before anything is evicted. What
+    a load raises is for `adapters.failures.Failures` to remember.
     """
 
     def __init__(self, max_bytes: int, num_bytes: Callable[[T], int]) -> None:
@@ -25,11 +26,17 @@ class Host(Generic[T]):
         self.used_bytes = 0
 
     def put(self, version: str, item: T) -> None:
-        """Keep an item, and let the least recently used go until the budget holds."""
+        """Keep an item, and let the least recently used go until the budget holds.
+
+        An item over the whole budget is not kept: for its sake everybody else would have to go.
+        """
         old = self._items.pop(version, None)
-        self.used_bytes += self._size(item) - (self._size(old) if old is not None else 0)
+        self.used_bytes -= self._size(old) if old is not None else 0
+        if self._size(item) > self._max_bytes:
+            return
+        self.used_bytes += self._size(item)
         self._items[version] = item
-        while self.used_bytes > self._max_bytes and len(self._items) > 1:
+        while self.used_bytes > self._max_bytes:
             _, gone = self._items.popitem(last=False)
             self.used_bytes -= self._size(gone)
 
@@ -43,7 +50,7 @@ class Host(Generic[T]):
         """Return an item, loading it first if it is not here.
 
         Calls for the same version share one load; it goes on if a caller is cancelled. What the
-        load raises is raised to all that waited for it, and is not remembered.
+        load raises is raised to all that waited for it.
         """
         item = self.peek(version)
         if item is not None:

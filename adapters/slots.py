@@ -1,53 +1,102 @@
-"""Who sits in which row of the bank: pins, least recently used first out. No torch."""
+"""Who is in the bank: pins, and the least recently used first out. No torch."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-Load = Callable[[str, int], Awaitable[None]]
+from adapters.errors import BankFull
+
+T = TypeVar("T")
 
 
-class Slots:
-    """Gives versions to slots 1…n-1; slot 0 is the zero adapter and never given.
+@dataclass(frozen=True, slots=True)
+class _Seat:
+    slot: int
+    num_pages: int
+
+
+class Slots(Generic[T]):
+    """Gives versions slots and pages of the bank; slot 0 is never given.
 
     Owned by one event loop, which is why there are no locks. A version becomes visible in its slot
-    only when its load has ended, and a pinned slot is never given away.
+    only when its load has ended, nobody leaves before the newcomer is in RAM, and a pinned slot is
+    never given away.
     """
 
-    def __init__(self, num_slots: int, load: Load) -> None:
-        """Take the number of bank rows, and what fills one.
+    def __init__(
+        self,
+        *,
+        num_pages: int,
+        max_slots: int | None,
+        fetch: Callable[[str], Awaitable[T]],
+        size: Callable[[T], int],
+        write: Callable[[int, T, Sequence[int]], Awaitable[None]],
+    ) -> None:
+        """Take the measures of the bank, and what fills it. What is awaited may raise to the pins.
 
         Args:
-            num_slots: Rows of the bank, slot 0 included; at least 2.
-            load: Awaited with (version, slot) to bring a version into a slot. What it raises is
-                raised by every `pin` that waited for that version.
+            num_pages: Pages for all residents.
+            max_slots: Most residents, None for as many as the pages hold.
+            fetch: Awaited with a version to have it in RAM.
+            size: Tells how many pages an item takes.
+            write: Awaited with (slot, item, slots whose residents leave first); what it does must
+                happen in the order of the calls.
         """
-        if num_slots < 2:
-            raise ValueError(f"a bank needs at least 2 slots, not {num_slots}: slot 0 is reserved")
-        self._load = load
-        self._free = list(range(num_slots - 1, 0, -1))
-        self._seats: OrderedDict[str, int] = OrderedDict()  # least recently used first
+        self._num_pages = num_pages
+        self._max_slots = max_slots
+        self._fetch, self._size, self._write = fetch, size, write
+        self._free_pages = num_pages
+        self._free_slots: list[int] = []
+        self._last_slot = 0
+        self._left: list[int] = []  # slots of those who left, of which the bank is yet to hear
+        self._seats: OrderedDict[str, _Seat] = OrderedDict()  # least recently used first
         # Calls that hold a version or wait for it, and those that hold a slot. A version that is
         # wanted and not held has just been loaded, and those who waited for it are waking up.
         self._wanted: Counter[str] = Counter()
         self._held: Counter[int] = Counter()
+        self._kept: set[str] = set()
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
+        self._turn = asyncio.Lock()
 
     @property
     def resident(self) -> dict[str, int]:
         """Version -> slot of all that could be answered now."""
-        return dict(self._seats)
+        return {version: seat.slot for version, seat in self._seats.items()}
+
+    async def keep(self, version: str) -> None:
+        """Load a version, and let it stay until `let_go`.
+
+        Raises:
+            BankFull: What is kept already leaves no room for it.
+        """
+        self._kept.add(version)
+        try:
+            async with self.pin(version):
+                pass
+        except BaseException:
+            self._kept.discard(version)
+            raise
+
+    def let_go(self, version: str) -> None:
+        """Let a version leave again when others need its place; it need not have been kept."""
+        self._kept.discard(version)
+        self._changed.set()
 
     @asynccontextmanager
     async def pin(self, version: str) -> AsyncIterator[int]:
         """Hold a version in a slot for as long as the block runs; yields the slot.
 
-        Waits while the version loads, and while every slot is held by others; none waits for ever.
+        Waits while the version loads, and while others hold what it needs; none waits for ever.
         Many pins of a cold version share one load, which goes on if the first of them is cancelled.
+
+        Raises:
+            BankFull: The versions that are kept leave no room for it.
         """
         self._wanted[version] += 1
         try:
@@ -58,7 +107,7 @@ class Slots:
                     self._loading[version] = task
                     task.add_done_callback(_seen)
                 await asyncio.shield(task)
-            slot = self._seats[version]
+            slot = self._seats[version].slot
             self._seats.move_to_end(version)
             self._held[slot] += 1
             self._changed.set()
@@ -74,35 +123,60 @@ class Slots:
 
     async def _bring(self, version: str) -> None:
         try:
-            slot = await self._take()
+            item = await self._fetch(version)
+            num_pages = self._size(item)
+            # One at a time: of two that wait for room, each could else hold half of it.
+            async with self._turn:
+                await self._make_room(version, num_pages)
+                slot = self._free_slots.pop() if self._free_slots else self._next_slot()
+                self._free_pages -= num_pages
+            left, self._left = self._left, []
             try:
-                await self._load(version, slot)
+                await self._write(slot, item, left)
             except BaseException:
-                self._free.append(slot)
+                self._free_slots.append(slot)
+                self._free_pages += num_pages
                 raise
-            self._seats[version] = slot
+            self._seats[version] = _Seat(slot, num_pages)
         finally:
             # Here and not in a callback, which runs later: a seat may be taken again before it, and
             # a pin that then found this load, done, would spin.
             del self._loading[version]
             self._changed.set()
 
-    async def _take(self) -> int:
-        """Return a free slot, or that of the least recently used version."""
-        while not self._free:
-            idle = next((v for v in self._seats if v not in self._wanted), None)
-            if idle is not None:
-                return self._seats.pop(idle)
-            busy = next((v for v, slot in self._seats.items() if self._held[slot]), None)
-            if busy is not None:
-                # New rows for it must come back by a load, behind us: under a steady stream of
-                # them it would never be idle, and no other version would ever get in.
-                slot = self._seats.pop(busy)
-                while self._held[slot]:
-                    await self._change()
-                return slot
-            await self._change()
-        return self._free.pop()
+    async def _make_room(self, version: str, num_pages: int) -> None:
+        """Let the least recently used go until a newcomer fits."""
+        while not self._fits(num_pages):
+            kept = [seat for v, seat in self._seats.items() if v in self._kept]
+            room = self._num_pages - sum(seat.num_pages for seat in kept)
+            if num_pages > room or len(kept) == self._max_slots:
+                raise BankFull(version, len(kept))
+            leaving = self._next_to_leave()
+            if leaving is None:
+                await self._change()
+                continue
+            seat = self._seats.pop(leaving)
+            # If it is held: new rows for it must come back by a load, behind us. Under a steady
+            # stream of them it would never be idle, and no other would ever get in.
+            while self._held[seat.slot]:
+                await self._change()
+            self._free_pages += seat.num_pages
+            self._free_slots.append(seat.slot)
+            self._left.append(seat.slot)
+
+    def _fits(self, num_pages: int) -> bool:
+        has_slot = self._free_slots or self._max_slots is None or self._last_slot < self._max_slots
+        return bool(has_slot) and num_pages <= self._free_pages
+
+    def _next_slot(self) -> int:
+        self._last_slot += 1
+        return self._last_slot
+
+    def _next_to_leave(self) -> str | None:
+        """Return the least recently used of those that nobody holds, else of those held."""
+        may_leave = [version for version in self._seats if version not in self._kept]
+        idle = next((v for v in may_leave if v not in self._wanted), None)
+        return idle or next((v for v in may_leave if self._held[self._seats[v].slot]), None)
 
     async def _change(self) -> None:
         self._changed.clear()

@@ -28,7 +28,6 @@ _PARTS = (
     (".bias", "bias"),
 )
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_TRANSPOSED = ("lora_A", "lora_B")
 _SCALED = ("lora_B", "lora_bias")
 
 
@@ -81,7 +80,7 @@ class Sorter:
             # As it will be read: fp64, or a scaling, may hold more than fp32 can.
             if not torch.isfinite(read).all():
                 self.problems.append(f"{name} holds NaN or infinite values")
-            elif part == "weight" and path not in self.graph.heads:
+            elif part == "weight" and path in self.geometry.embeddings:
                 self.copies[f"{path}.weight"] = read
             else:
                 self.tensors[f"{path}.{part}"] = read
@@ -92,12 +91,12 @@ class Sorter:
         return self.geometry.graphs[self.spec.task_type]
 
     def _as_read(self, path: str, part: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a tensor as its site reads it: LoRA transposed, with the scaling in B."""
+        """Return a tensor as its site reads it, with the scaling in LoRA's B."""
         # Folding the scaling into B once spares a multiplication a row, a site and a batch.
         if part in _SCALED:
             tensor = tensor * self.spec.scaling_of(path)
-        if part in _TRANSPOSED:
-            return tensor.t().contiguous()
+        if part == "lora_B" or (part == "lora_A" and path in self.geometry.embeddings):
+            return tensor.t()
         return tensor.flatten() if part == "ia3" else tensor
 
     def _shape(self, path: str, part: str, tensor: torch.Tensor) -> tuple[int, ...] | None:
@@ -105,15 +104,17 @@ class Sorter:
         head = self.graph.heads.get(path)
         if head is not None and part in ("weight", "bias"):
             return self._head_shape(head, part, tensor)
+        site = self.geometry.sites.get(path)
         if part in ("weight", "bias") and self._brings(path):
-            if path in self.geometry.whole:
-                return self._refuse(f"{path} is not served whole; add it to saved_modules")
-            return self._refuse(f"{path} is brought whole, as only linears and LayerNorms can be")
+            if site is None or not site.whole:
+                return self._refuse(
+                    f"{path} is brought whole, as only linears and LayerNorms can be"
+                )
+            return site.whole.get(part)
         if part == "weight":
             # PEFT saves whole embeddings too, where it takes them for resized or trained.
             return tuple(tensor.shape) if path in self.geometry.embeddings else None
         if part == "bias":
-            site = self.geometry.sites.get(path)
             named = site is not None and site.bias and self._promises_bias(path)
             return (site.out_features,) if site is not None and named else None
         if not self._targeted(path):
@@ -121,9 +122,7 @@ class Sorter:
         if head is not None:
             rows, width = self._head_rows(head), head.parameters["weight"][-1]
             return _stored_shape(part, self.spec, path, width, rows)
-        site = self.geometry.sites.get(path)
-        if site is None or site.kind == "shift":
-            return self._refuse(f"{path} is not served; add it to lora_targets")
+        assert site is not None
         if site.kind == "embedding" and self.spec.method != "lora":
             return self._refuse(f"{path} is an embedding, on which only LoRA is served")
         return _stored_shape(part, self.spec, path, site.in_features, site.out_features)
@@ -171,7 +170,7 @@ class Sorter:
         return (head.labelled and self.num_labels) or head.parameters["weight"][0]
 
     def finish(self) -> None:
-        """Say what is missing, what matched nothing, and what is over the geometry."""
+        """Say what is missing and what matched nothing."""
         for path, head in self.graph.heads.items():
             brought = f"{path}.weight" in self._seen
             if head.labelled and not brought and head.in_base:
@@ -179,15 +178,6 @@ class Sorter:
         self._compare_doubles()
         if not any(map(self._targeted, self._targetable())):
             self.problems.append("target_modules matches no module of this base")
-        ranks = {self.spec.rank, *self.spec.rank_pattern.values()}
-        if max(ranks) > self.geometry.max_rank:
-            self.problems.append(
-                f"its rank {max(ranks)} is over max_lora_rank={self.geometry.max_rank}"
-            )
-        if self.num_labels > self.geometry.max_labels:
-            self.problems.append(
-                f"its {self.num_labels} labels are over max_labels={self.geometry.max_labels}"
-            )
         if self._unmatched:
             self.problems.append(f"tensors that match nothing here: {shorten(self._unmatched)}")
         if self._misshapen:
@@ -197,8 +187,9 @@ class Sorter:
             self.problems.append(f"it has no head weights: {shorten(head_names)} missing")
         parts = self._missing_parts()
         if parts:
-            promised = "bias" if all(name.endswith(".bias") for name in parts) else "target_modules"
-            self.problems.append(f"promised by {promised} but missing: {shorten(parts)}")
+            self.problems.append(
+                f"promised by {self._promise(parts)} but missing: {shorten(parts)}"
+            )
 
     def _compare_doubles(self) -> None:
         for name, tensor in self._doubles.items():
@@ -227,7 +218,15 @@ class Sorter:
         for path, site in self.geometry.sites.items():
             if site.bias and self._promises_bias(path):
                 promised.append(f"{path}.bias")
+            if site.whole and path not in self.graph.absent and self._brings(path):
+                promised += [f"{path}.{part}" for part in site.whole]
         return [name for name in promised if name not in self._seen]
+
+    def _promise(self, names: list[str]) -> str:
+        """Return the key of the config that promised what is missing."""
+        if all(self._brings(name.rpartition(".")[0]) for name in names):
+            return "modules_to_save"
+        return "bias" if all(name.endswith(".bias") for name in names) else "target_modules"
 
 
 def _split(name: str) -> tuple[str, str]:

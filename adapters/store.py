@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG, S_ISSOCK
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from adapters.errors import (
     TASK_NAME,
-    AdapterError,
     AdapterIncomplete,
     AdapterRefused,
     TaskNotFound,
@@ -83,14 +81,14 @@ class Store:
 
     def tasks(self) -> list[str]:
         """Return the names of all folders that hold an adapter, sorted."""
-        if not self.root.is_dir():
+        try:
+            entries = os.scandir(self.root)
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(
-            entry.name
-            for entry in self.root.iterdir()
-            # Unlike Path's, it is also False for a folder that we may not read.
-            if TASK_NAME.fullmatch(entry.name) and os.path.isfile(entry / CONFIG)
-        )
+        with entries:
+            names = [entry.name for entry in entries if TASK_NAME.fullmatch(entry.name)]
+        # False for a folder that we may not read, too.
+        return sorted(name for name in names if os.path.isfile(f"{self.root}/{name}/{CONFIG}"))
 
     def look(self, task: str) -> Look:
         """Return what `stat` says of a task's folder.
@@ -99,16 +97,19 @@ class Store:
             TaskNotFound: The name is not a task's, or the folder has no adapter_config.json.
             AdapterRefused: Something in it is no file, or lies outside the store.
         """
-        folder = self._folder(task)
-        root, problems = self.root.resolve(), list[str]()
+        folder = str(self._folder(task))
+        root, problems = os.path.realpath(self.root), list[str]()
+        inside = _is_inside(os.path.realpath(folder), root)
         entries, changed_s = [], 0.0
+        # Strings, not Paths, of which this would make dozens with every request in need of a look.
         for name in (*READ, PICKLE):
+            path = f"{folder}/{name}"
             try:
-                stat = (folder / name).stat()
+                stat = os.stat(path)
             except OSError:
                 continue
             if name != PICKLE:
-                problems += _place_problem(folder / name, stat.st_mode, root)
+                problems += _place_problem(path, stat.st_mode, root, inside)
             entries.append((name, stat.st_size, stat.st_mtime_ns))
             # A copy that keeps the times of its files still moves the change time.
             changed_s = max(changed_s, stat.st_mtime, stat.st_ctime)
@@ -157,44 +158,25 @@ class Store:
             raise AdapterIncomplete(task, "its folder changed while it was read")
         return Files(task, _version(contents), contents)
 
-    def summary(self, task: str, names: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read just enough of a folder to size a bank: its config, and some tensors' shapes.
-
-        Args:
-            task: The folder's name.
-            names: Ends of the tensor names wanted.
-
-        Returns:
-            The adapter_config.json, and name -> shape; both empty where they cannot be read, which
-            is for `read` to complain about.
-        """
-        folder = self._folder(task)
-        try:
-            self.look(task)
-            config = json.loads(_read(folder / CONFIG))
-            with _open(folder / WEIGHTS) as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(min(length, MAX_JSON_BYTES)))
-            shapes = {n: h["shape"] for n, h in header.items() if n.endswith(tuple(names))}
-        except AdapterError:
-            return {}, {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return {}, {}
-        return (config if isinstance(config, dict) else {}), shapes
-
     def _folder(self, task: str) -> Path:
         if not TASK_NAME.fullmatch(task):
             raise TaskNotFound(task)
         return self.root / task
 
 
-def _place_problem(path: Path, mode: int, root: Path) -> list[str]:
+def _place_problem(path: str, mode: int, root: str, inside: bool) -> list[str]:
     """Say if a path that exists is no file (a pipe would never end), or leads out of the root."""
+    name = os.path.basename(path)
     if not S_ISREG(mode):
-        return [f"{path.name} is a {_kind(mode)}, not a file"]
-    if path.resolve().is_relative_to(root):
+        return [f"{name} is a {_kind(mode)}, not a file"]
+    if _is_inside(os.path.realpath(path), root) if os.path.islink(path) else inside:
         return []
-    return [f"{path.name} is a link to outside of the store; copy it into the store"]
+    return [f"{name} is a link to outside of the store; copy it into the store"]
+
+
+def _is_inside(path: str, root: str) -> bool:
+    """Tell whether a path, links resolved, lies below a folder."""
+    return path.startswith(root.rstrip(os.sep) + os.sep)
 
 
 def _limit(name: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ def base_folder(name: str, folder: Path) -> str:
     return str(folder / name)
 
 
-def with_adapters(base: str, targets: str, count: int) -> PeftModel:
+def with_adapters(base: str, targets: str | dict[str, Any], count: int) -> PeftModel:
     """PEFT's model with so many random adapters of two labels, `a0`, `a1`, …."""
+    kind = TARGETS[targets] if isinstance(targets, str) else targets
     torch.manual_seed(0)
-    config = LoraConfig(task_type=TaskType.SEQ_CLS, **TARGETS[targets])
+    config = LoraConfig(task_type=TaskType.SEQ_CLS, **kind)
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
     peft = get_peft_model(model, config, adapter_name="a0")
     for index in range(1, count):
@@ -38,3 +40,11 @@ def with_adapters(base: str, targets: str, count: int) -> PeftModel:
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
     return peft.eval().requires_grad_(False)
+
+
+def save_each(peft: PeftModel, store: Path) -> None:
+    """Save every adapter of a model as a task of its own."""
+    for name in peft.peft_config:
+        peft.save_pretrained(str(store / "_"), selected_adapters=[name])
+        (store / "_" / name).rename(store / name)
+    shutil.rmtree(store / "_")

@@ -9,6 +9,13 @@ from collections.abc import Callable, Mapping
 Seconds = dict[str, list[float]]
 
 
+def timed(work: Callable[[], object]) -> float:
+    """Return the seconds that a work takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
 def in_turns(works: Mapping[str, Callable[[], object]], rounds: int) -> Seconds:
     """Run each work once to warm up, then A B C A B C …; return the seconds of every run."""
     for work in works.values():
@@ -16,9 +23,7 @@ def in_turns(works: Mapping[str, Callable[[], object]], rounds: int) -> Seconds:
     taken: Seconds = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
-            started = time.perf_counter()
-            work()
-            taken[name].append(time.perf_counter() - started)
+            taken[name].append(timed(work))
     return taken
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +21,6 @@ from deployments.base import BaseName
 Auto = Literal["auto"]
 Name = Annotated[str, Field(min_length=1)]
 GIB = 2**30
-MAX_RANK, MAX_LABELS = 1024, 65536
 
 
 class ConfigError(Exception):
@@ -51,35 +51,28 @@ class Args(BaseModel):
         "auto", description="auto is a GPU if there is any."
     )
 
-    adapter_slots: Annotated[int, Field(ge=1, le=65536)] | Auto = Field(
-        "auto", description="Adapters resident at a time; auto is 64, fewer if memory is short."
+    bank_gib: Annotated[float, Field(gt=0)] = Field(
+        1.0,
+        description="Memory for resident adapters on the device, a replica. Each takes just its "
+        "own bytes of it, and on a CPU it is taken as they come.",
     )
-    max_lora_rank: Annotated[int, Field(ge=1, le=MAX_RANK)] | Auto = Field(
-        "auto", description="Largest LoRA rank; auto is what the store holds, 16 at least."
-    )
-    max_labels: Annotated[int, Field(ge=1, le=MAX_LABELS)] | Auto = Field(
-        "auto", description="Most labels a task; auto is what the store holds, 16 at least."
-    )
-    lora_targets: Annotated[tuple[Name, ...], Field(min_length=1)] | Auto = Field(
-        "auto",
-        description="Ends of the module paths that adapters may target; auto is all linears.",
-    )
-    saved_modules: tuple[Name, ...] | Auto = Field(
-        "auto",
-        description="Ends of the paths of modules before the head that adapters may bring whole, "
-        "by modules_to_save (pooler, say); auto is what the store holds.",
-    )
-    max_bank_gib: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="Memory for resident adapters on the device, a replica."
+    adapter_slots: Annotated[int, Field(ge=1)] | Auto = Field(
+        "auto", description="Most adapters resident at a time; auto is as many as bank_gib holds."
     )
     max_host_gib: Annotated[float, Field(gt=0)] = Field(
         1.0, description="RAM for adapters that were loaded and wait for a slot, a replica."
     )
 
+    pinned_tasks: tuple[Name, ...] = Field(
+        (),
+        description="Tasks that are in slots before a replica takes traffic, and never leave them.",
+    )
+
     max_batch_rows: Annotated[int, Field(ge=1)] = Field(64, description="Most rows in a forward.")
     max_batch_tokens: Annotated[int, Field(ge=1)] | Auto = Field(
         "auto",
-        description="Most tokens in a forward, padded; auto is 16384 on a GPU, 2048 on a CPU.",
+        description="Most tokens in a forward, padded; auto is 16384 on a GPU, 1024 on a CPU. "
+        "Fewer go where a forward would take longer than about a second.",
     )
 
     num_replicas: Annotated[int, Field(ge=1)] | None = Field(
@@ -96,8 +89,8 @@ class Args(BaseModel):
     )
     num_cpus: Annotated[int, Field(ge=1)] | None = Field(
         None,
-        description="CPUs a model replica reserves and computes with; all of its node's "
-        "without reserving more than one, unless said.",
+        description="CPUs a model replica reserves and computes with; unless said, it reserves "
+        "one and computes with its share of its node's, less one for all that is no forward.",
     )
 
     max_request_rows: Annotated[int, Field(ge=1)] = Field(
@@ -128,13 +121,11 @@ class Args(BaseModel):
                 raise ValueError(f"base_aliases: {name!r} is not a hub id (org/name)")
         return value
 
-    @field_validator("base_aliases", "lora_targets", "saved_modules", mode="before")
+    @field_validator("base_aliases", "pinned_tasks", mode="before")
     @classmethod
     def _split_names(cls, value: Any) -> Any:
-        """The command line has no lists: `lora_targets=query,value`."""
-        if not isinstance(value, str) or value == "auto":
-            return value
-        return [name.strip() for name in value.split(",")]
+        """The command line has no lists: `base_aliases=a/b,c/d`."""
+        return [n.strip() for n in value.split(",")] if isinstance(value, str) else value
 
     @model_validator(mode="wrap")
     @classmethod
@@ -149,6 +140,11 @@ class Args(BaseModel):
             raise ConfigError("min_replicas needs max_replicas beside it")
         if args.max_replicas is not None and (args.min_replicas or 1) > args.max_replicas:
             raise ConfigError("min_replicas is over max_replicas")
+        if args.adapter_slots != "auto" and len(args.pinned_tasks) >= args.adapter_slots:
+            raise ConfigError(
+                f"pinned_tasks names {len(args.pinned_tasks)} tasks, which leaves none of "
+                f"adapter_slots={args.adapter_slots} to all others; raise adapter_slots"
+            )
         return args
 
     @property
@@ -168,6 +164,14 @@ class Args(BaseModel):
         if Path(self.base_model).exists():
             changes["base_model"] = str(Path(self.base_model).absolute())
         return self.model_copy(update=changes)
+
+
+def tokenize_without_pool() -> None:
+    """Let the Rust tokenizers work in the thread that asks.
+
+    A pool of their own would be as large as the machine, whose CPUs are the forward's.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # read anew with every call
 
 
 def _sentences(error: ValidationError) -> list[str]:

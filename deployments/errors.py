@@ -14,7 +14,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from adapters.errors import AdapterChanged, AdapterIncomplete, AdapterRefused, TaskNotFound
+from adapters.errors import (
+    AdapterChanged,
+    AdapterIncomplete,
+    AdapterRefused,
+    BankFull,
+    TaskNotFound,
+)
 
 
 class RequestError(Exception):
@@ -81,6 +87,7 @@ _TABLE: dict[type[Exception], tuple[int, str, int | None]] = {
     AdapterIncomplete: (503, "Adapter incomplete", 1),
     AdapterChanged: (503, "Adapter changed", 1),
     AdapterRefused: (503, "Adapter refused", None),
+    BankFull: (503, "No room", None),
 }
 
 

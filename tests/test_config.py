@@ -27,7 +27,7 @@ def test_two_keys_are_enough() -> None:
     read = args()
     assert read.model_dump(exclude_unset=True) == LEAST
     assert (read.quantization, read.device, read.adapter_slots) == ("auto", "auto", "auto")
-    assert read.max_bank_gib == 1.0
+    assert read.bank_gib == 1.0
 
 
 def test_every_key_is_described() -> None:
@@ -58,10 +58,8 @@ def test_an_unknown_key_is_named_beside_those_that_exist() -> None:
         ("adapter_store", None), ("adapter_store", "no/such"),
         ("default_task", 5), ("quantization", "int4"),
         ("quantization", None), ("device", "tpu"), ("adapter_slots", 0), ("adapter_slots", "many"),
-        ("adapter_slots", 2.5), ("adapter_slots", 65537), ("max_lora_rank", 0),
-        ("max_lora_rank", "1025"), ("max_labels", -1), ("lora_targets", 5), ("lora_targets", [5]),
-        ("lora_targets", ""), ("lora_targets", "query,,value"), ("lora_targets", []),
-        ("max_bank_gib", 0), ("max_bank_gib", "much"), ("max_bank_gib", "inf"),
+        ("adapter_slots", 2.5), ("adapter_slots", -1), ("base_aliases", [5]),
+        ("bank_gib", 0), ("bank_gib", "much"), ("bank_gib", "inf"),
         ("max_host_gib", -1), ("max_host_gib", "nan"), ("max_batch_rows", 0),
         ("max_batch_tokens", 0), ("max_batch_tokens", "all"), ("num_replicas", 0),
         ("max_replicas", 0), ("num_gpus", -0.5), ("num_gpus", "inf"), ("num_cpus", 0),
@@ -107,22 +105,16 @@ def test_arguments_that_are_no_mapping_are_refused(given: Any) -> None:
 
 def test_strings_from_the_command_line_are_read() -> None:
     read = args(
-        adapter_slots="8", max_lora_rank="4", max_labels="auto", lora_targets="query,value",
-        max_bank_gib="0.5", max_batch_tokens="4096", num_gpus="0.25", max_replicas="3",
+        adapter_slots="8", bank_gib="0.5", max_batch_tokens="4096",
+        num_gpus="0.25", max_replicas="3",
     )  # fmt: skip
     assert read == args(
-        adapter_slots=8, max_lora_rank=4, max_labels="auto", lora_targets=("query", "value"),
-        max_bank_gib=0.5, max_batch_tokens=4096, num_gpus=0.25, max_replicas=3,
+        adapter_slots=8, bank_gib=0.5, max_batch_tokens=4096, num_gpus=0.25, max_replicas=3,
     )  # fmt: skip
     assert args(base_aliases="a/b, c/d").base_aliases == ("a/b", "c/d")
     assert args().base_aliases == ()
-    assert args(lora_targets="auto").lora_targets == "auto"
-    assert args(lora_targets="query").lora_targets == ("query",)
-    assert args(lora_targets=["query", "value"]).lora_targets == ("query", "value")
-
-
-def test_spaces_between_names_are_not_part_of_them() -> None:
-    assert args(lora_targets="query, value").lora_targets == ("query", "value")
+    assert args(base_aliases="a/b").base_aliases == ("a/b",)
+    assert args(base_aliases=["a/b", "c/d"]).base_aliases == ("a/b", "c/d")
 
 
 def test_gpus_follow_the_device_unless_said() -> None:

@@ -11,6 +11,7 @@ from adapters.errors import (
     AdapterError,
     AdapterIncomplete,
     AdapterRefused,
+    BankFull,
     TaskNotFound,
 )
 from deployments.errors import INTERNAL, BadInput, NotReady, RequestError, TooLarge, to_problem
@@ -21,6 +22,7 @@ ERRORS = [
     (AdapterIncomplete("mood", "half of it is missing"), 503, RuntimeError),
     (AdapterChanged("mood", "11111111", "22222222"), 503, RuntimeError),
     (AdapterRefused("mood", ["no head", "no rank"]), 503, RuntimeError),
+    (BankFull("mood@11111111", 3), 503, RuntimeError),
     (BadInput("texts is empty"), 422, ValueError),
     (TooLarge("the body is over 5 bytes"), 413, ValueError),
     (NotReady("no replica runs"), 503, RuntimeError),
@@ -55,7 +57,7 @@ def test_it_survives_pickling(error: Exception, status: int, builtin: type) -> N
 @by_name
 def test_its_message_names_what_it_is_about(error: Exception, status: int, builtin: type) -> None:
     for said in error.args:
-        for part in [said] if isinstance(said, str) else said:
+        for part in said if isinstance(said, tuple) else [str(said)]:
             assert part in str(error)
 
 

@@ -58,7 +58,7 @@ def test_the_held_out_accuracy_is_what_the_engine_reaches() -> None:
     claimed = json.loads((ROOT / "examples" / "accuracy.json").read_text())
     store = Store(ROOT / "examples" / "store")
     assert sorted(claimed) == store.tasks()
-    engine = Engine(str(ROOT / "examples" / "base"), quantization="none", adapter_slots=4)
+    engine = Engine(str(ROOT / "examples" / "base"), quantization="none")
     tokenizer = Tokenizer(export_vocabulary(engine.encoder))
     for slot, (task, measured) in enumerate(claimed.items(), start=1):
         loaded = engine.read(store.read(task))

@@ -84,7 +84,7 @@ class Client:
         return self._ask("POST", f"{_route(task)}/predict", body)
 
     def tasks(self) -> list[dict[str, Any]]:
-        """Returns what the server says of each of its tasks.
+        """Returns what the server says of each of its tasks, however many pages they fill.
 
         Raises:
             OnebaseError: The server refused, or answered with something else than JSON.
@@ -92,6 +92,9 @@ class Client:
         """
         answer = self._ask("GET", "/v1/tasks")
         tasks: list[dict[str, Any]] = answer["tasks"]
+        while "next" in answer:
+            answer = self._ask("GET", f"/v1/tasks?after={quote(answer['next'], safe='')}")
+            tasks += answer["tasks"]
         return tasks
 
     def task(self, name: str) -> dict[str, Any]:

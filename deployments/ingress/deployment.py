@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 
 from adapters.rules import ProblemType
 from adapters.store import Store
-from deployments.config import Args
+from deployments.config import Args, tokenize_without_pool
 from deployments.errors import INTERNAL, BatchLoopDied, NotReady, to_problem
 from deployments.ingress.predict import Answers, Encodings, Predictor
 from deployments.ingress.routes import make_api
@@ -35,6 +35,7 @@ class Ingress:
         self, model: DeploymentHandle[Any], args: Args
     ) -> None:
         """Fetch the base's tokenizer; the replica takes traffic when this returns."""
+        tokenize_without_pool()
         self._model = model
         self._args = args
         self._tasks = Tasks(Store(args.adapter_store), self._describe)

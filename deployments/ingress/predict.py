@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from adapters.errors import AdapterChanged
@@ -21,6 +22,8 @@ from deployments.tokens import Encoded, Tokenizer
 # Of one handle call: its messages are capped at 4 MB in throughput mode, both ways.
 _MAX_CALL_TOKENS = 2**18
 _MAX_CALL_SCORES = 2**18
+# Requests that are tokenised at a time: one is a core's work, and a large one lets small ones pass.
+_ENCODERS = 2
 
 Answers = list[list[float] | list[list[float]] | str]
 Encodings = list[tuple[list[int], list[int] | None]]
@@ -58,6 +61,8 @@ class Predictor:
         self._tokenizer = tokenizer
         self._ask = ask
         self._max_rows = max_rows
+        # Of its own, so that looks at a slow store keep no text waiting.
+        self._encoders = ThreadPoolExecutor(_ENCODERS, "encode")
 
     async def predict(self, task: str, request: PredictRequest) -> dict[str, Any]:
         """Answer a request.
@@ -82,7 +87,9 @@ class Predictor:
         facts = await self._tasks.get(task)
         inputs = to_inputs(facts, request)
         started_s = time.perf_counter()
-        encoded = await asyncio.to_thread(encode, self._tokenizer, facts, inputs, self._max_rows)
+        encoded = await asyncio.get_running_loop().run_in_executor(
+            self._encoders, encode, self._tokenizer, facts, inputs, self._max_rows
+        )
         encoded_s = time.perf_counter()
         rows = [row for windows in encoded if not isinstance(windows, str) for row in windows]
         answers = await self._answers(facts, rows)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from bisect import bisect_right
 from http import HTTPStatus
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Path, Request
+from fastapi import FastAPI, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -24,6 +25,9 @@ logger = logging.getLogger("ray.serve")
 TaskName = Annotated[str, Path(description="The task's name: its folder in the store.")]
 # How many tasks are described at a time for a listing: a cold one is a load.
 _DESCRIBED_AT_ONCE = 8
+_PAGE, _LARGEST_PAGE = 100, 1000
+Limit = Annotated[int, Query(ge=1, le=_LARGEST_PAGE, description="Most tasks in the answer.")]
+After = Annotated[str, Query(description="The last task of the page before: its `next`.")]
 
 
 def make_api(
@@ -43,12 +47,18 @@ def make_api(
     async def predict(task: TaskName, body: PredictRequest) -> JSONResponse:
         return JSONResponse(await predictor.predict(task, body))
 
-    @api.get("/v1/tasks", summary="All tasks")
-    async def list_tasks() -> JSONResponse:
+    @api.get("/v1/tasks", summary="All tasks by name, a page at a time")
+    async def list_tasks(limit: Limit = _PAGE, after: After = "") -> JSONResponse:
+        names = await tasks.names()
+        start = bisect_right(names, after)
+        page = names[start : start + limit]
         turns = asyncio.Semaphore(_DESCRIBED_AT_ONCE)
-        return JSONResponse(
-            {"tasks": await asyncio.gather(*(_entry(tasks, n, turns) for n in await tasks.names()))}
-        )
+        told: dict[str, Any] = {
+            "tasks": await asyncio.gather(*(_entry(tasks, name, turns) for name in page))
+        }
+        if start + limit < len(names):
+            told["next"] = page[-1]
+        return JSONResponse(told)
 
     @api.get("/v1/tasks/{task}", summary="A task's version, labels and rules")
     async def get_task(task: TaskName) -> JSONResponse:

@@ -1,119 +1,285 @@
-"""The bank: one tensor that all resident adapters live in, an adapter a row of it."""
+"""The bank: one tensor of pages that all resident adapters live in, each in as many as it fills."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import torch
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
-_ALIGNMENT_BYTES = 16
+from deployments.model.copies import Copies
+from deployments.model.pages import Pages
+
+Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Field:
-    """A site's part of a bank row.
+class Part:
+    """Where one tensor of an adapter lies.
 
     Attributes:
-        name: `module.path.lora_A`, say; what `Artifact.tensors` calls it too.
-        shape: Of one slot's tensor at the geometry's caps.
-        dtype: LoRA in the compute dtype, heads in fp32.
+        pages: Which of the adapter's pages; what is left of the last one is zero.
+        shape: The tensor's.
     """
 
-    name: str
+    pages: slice
     shape: tuple[int, ...]
-    dtype: torch.dtype
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes in a row."""
-        return math.prod(self.shape) * self.dtype.itemsize
+
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
+class Packing:
+    """Where everything lies that an adapter brings for the encoder.
+
+    Adapters of the same ranks and targets share one object, so rows of them share a product.
+
+    Attributes:
+        sites: Module path -> what its site reads -> where it lies.
+        num_pages: Pages of all of it, the first ones of an adapter.
+    """
+
+    sites: Mapping[str, Mapping[str, Part]]
+    num_pages: int
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """Which slot answers which row of the running forward, as every site reads it.
+class Packed:
+    """An adapter as its pages.
 
     Attributes:
-        slots: [rows], int64, on the bank's device.
-        only: The slot of all rows if they have but one, so that nothing is copied.
-        fields: Bank fields that at least one row's adapter fills; a site of others does not run.
+        pages: [pages, page_bytes], uint8, CPU.
+        packing: Where what it brings for the encoder lies.
+        heads: Head module -> where that lies; its pages are counted from 0 anew.
     """
 
-    slots: torch.Tensor
-    only: int | None
-    fields: frozenset[str]
+    pages: torch.Tensor
+    packing: Packing
+    heads: Mapping[str, Part]
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A resident adapter: its pages by number, int64 on the device, those of its head apart."""
+
+    packing: Packing
+    heads: Mapping[str, Part]
+    pieces: Sequence[range]
+    body: torch.Tensor
+    head: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Rows of a batch that lie together and whose adapters are packed alike.
+
+    Attributes:
+        rows: Which rows.
+        sites: As `Packing.sites`.
+        table: [rows, pages], int64: the pages of each row's adapter. [1, pages] if it is the same
+            for all of them.
+        start: The first page of that one adapter if it lies in one piece, else None.
+    """
+
+    rows: slice
+    sites: Mapping[str, Mapping[str, Part]]
+    table: torch.Tensor
+    start: int | None
 
 
 class Bank:
-    """`[slots, row_bytes]`: loading an adapter is one row copy, forgetting it none at all.
+    """`[pages, page_bytes]`: loading an adapter is a copy or a few, forgetting it none at all.
 
-    Slot 0 is the zero adapter, the plain base. Used by one thread at a time.
+    Page 0 is zero, which adds nothing to a product. Slots are names for residents, from 1 on; slot
+    0 changes nothing, and its rows go through the plain base. Used by one thread at a time, but for
+    `pack`.
     """
 
-    def __init__(self, fields: Iterable[Field], num_slots: int, device: torch.device) -> None:
-        """Lay the fields out one after the other and allocate all slots, zeroed."""
-        self._offsets: dict[str, tuple[Field, int]] = {}
-        self.row_bytes = 0
-        for field in fields:
-            self._offsets[field.name] = (field, self.row_bytes)
-            self.row_bytes += row_bytes([field])
-        self.num_slots = num_slots
-        self.memory = torch.zeros(num_slots, self.row_bytes, dtype=torch.uint8, device=device)
-        self._filled: list[frozenset[str]] = [frozenset()] * num_slots
-        self.batch = self.route([0])
+    def __init__(
+        self, num_bytes: int, dtype: torch.dtype, width: int, device: torch.device
+    ) -> None:
+        """Allocate the pages; on a CPU memory is taken as they are written.
 
-    def view(self, name: str) -> torch.Tensor:
-        """Return a field of all slots, [slots, *shape], strided into the bank."""
-        return self._part(self.memory, name)
-
-    def pack(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return a row, [row_bytes] uint8 on the CPU, with tensors in the corner of their fields.
-
-        A tensor smaller than its field (a lower rank, fewer labels) is padded with zeros, which
-        add nothing to a product.
+        Args:
+            num_bytes: Of all pages.
+            dtype: Of what the encoder's sites read; heads are fp32.
+            width: Elements of a typical vector (the hidden size): a page takes about half of one,
+                so that little is lost at the end of a tensor.
+            device: Where the pages are.
         """
-        row = torch.zeros(1, self.row_bytes, dtype=torch.uint8)
-        for name, tensor in tensors.items():
-            corner = tuple(slice(size) for size in tensor.shape)
-            self._part(row, name)[0][corner] = tensor
-        return row[0]
-
-    def write(self, slot: int, row: torch.Tensor, fields: Iterable[str]) -> None:
-        """Copy a packed row into a slot; `fields` are those that it fills."""
-        if not 0 < slot < self.num_slots:
-            raise ValueError(f"slot {slot} is not one of 1…{self.num_slots - 1}")
-        self.memory[slot].copy_(row)
-        self._filled[slot] = frozenset(fields)
-
-    def route(self, slots: Sequence[int]) -> Batch:
-        """Set, and return, what every site reads in the next forward: a slot for each row."""
-        distinct = set(slots)
-        self.batch = Batch(
-            slots=torch.tensor(slots, dtype=torch.int64, device=self.memory.device),
-            only=next(iter(distinct)) if len(distinct) == 1 else None,
-            fields=frozenset().union(*(self._filled[slot] for slot in distinct)),
+        self.dtype = dtype
+        self.page_bytes = 2 ** max(6, int(math.log2(width * dtype.itemsize / 2)))
+        self.num_pages = num_bytes // self.page_bytes
+        self.memory = torch.empty(
+            1 + self.num_pages, self.page_bytes, dtype=torch.uint8, device=device
         )
-        return self.batch
+        self.memory[0] = 0
+        self._copies = Copies(device)
+        self._body = self.memory.view(dtype)
+        self._heads = self.memory.view(torch.float32)
+        self._free = Pages(1, 1 + self.num_pages)
+        nothing = torch.empty(0, dtype=torch.int64, device=device)
+        self._seats = {0: Seat(Packing({}, 0), {}, (), nothing, nothing)}
+        self._packings: WeakValueDictionary[tuple[object, ...], Packing] = WeakValueDictionary()
+        self.runs: list[Run] = []
+        self.rows: list[Seat] = []
 
-    def gather(self, view: torch.Tensor) -> torch.Tensor:
-        """Return a view's entry for each row of the batch, [rows, *shape].
+    def pack(self, body: Mapping[str, Tensors], heads: Tensors) -> Packed:
+        """Lay an adapter's tensors out in pages.
+
+        Args:
+            body: Module path -> what its site reads -> fp32 CPU tensor.
+            heads: Head module -> fp32 CPU tensor.
+        """
+        sites: dict[str, dict[str, Part]] = {}
+        num_pages = 0
+        for path, tensors in body.items():
+            sites[path] = {}
+            for name, tensor in tensors.items():
+                part = self._part(tensor, self.dtype, num_pages)
+                sites[path][name], num_pages = part, part.pages.stop
+        parts: dict[str, Part] = {}
+        num_of_heads = 0
+        for name, tensor in heads.items():
+            parts[name] = self._part(tensor, torch.float32, num_of_heads)
+            num_of_heads = parts[name].pages.stop
+        pages = torch.zeros(
+            num_pages + num_of_heads,
+            self.page_bytes,
+            dtype=torch.uint8,
+            # From pinned memory a slot is written without a copy in between, and without waiting.
+            pin_memory=self.memory.is_cuda,
+        )
+        for path, tensors in body.items():
+            for name, tensor in tensors.items():
+                _write(pages[sites[path][name].pages].view(self.dtype), tensor)
+        for name, tensor in heads.items():
+            _write(pages[num_pages:][parts[name].pages].view(torch.float32), tensor)
+        key = tuple((path, *((n, t.shape) for n, t in of.items())) for path, of in body.items())
+        packing = self._packings.setdefault(key, Packing(sites, num_pages))
+        return Packed(pages, packing, parts)
+
+    def _part(self, tensor: torch.Tensor, dtype: torch.dtype, first: int) -> Part:
+        num_pages = -(-tensor.numel() * dtype.itemsize // self.page_bytes)
+        return Part(slice(first, first + num_pages), tuple(tensor.shape))
+
+    def write(self, slot: int, packed: Packed) -> None:
+        """Copy an adapter into free pages, after letting go of what the slot had.
+
+        Raises:
+            MemoryError: Too few pages are free.
+        """
+        if slot < 1:
+            raise ValueError(f"slot {slot} is not 1 or more")
+        self.forget(slot)
+        pieces = self._free.take(len(packed.pages))
+        done = 0
+        with self._copies.of(slot):
+            for piece in pieces:
+                source = packed.pages[done : done + len(piece)]
+                self.memory[piece.start : piece.stop].copy_(source, non_blocking=True)
+                done += len(piece)
+        device = self.memory.device
+        numbers = torch.cat([torch.arange(p.start, p.stop, device=device) for p in pieces])
+        body, head = numbers.tensor_split([packed.packing.num_pages])
+        self._seats[slot] = Seat(packed.packing, packed.heads, pieces, body, head)
+
+    def forget(self, slot: int) -> None:
+        """Free a slot's pages; there need not be any."""
+        seat = self._seats.pop(slot, None)
+        if seat is not None:
+            self._free.give(seat.pieces)
+
+    def likeness(self, slot: int) -> tuple[int, int]:
+        """Return what to sort rows by, so that those packed alike lie together."""
+        return id(self._seats[slot].packing), slot
+
+    def route(self, slots: Sequence[int]) -> None:
+        """Set what every site reads in the next forward: a slot for each row."""
+        self._copies.wait(slots)
+        self.rows = [self._seats[slot] for slot in slots]
+        self.runs, start = [], 0
+        for _, group in itertools.groupby(self.rows, key=lambda seat: id(seat.packing)):
+            seats = list(group)
+            rows = slice(start, start + len(seats))
+            self.runs.append(_run(rows, seats))
+            start = rows.stop
+
+    def gather(self, run: Run, part: Part) -> torch.Tensor:
+        """Return each row's own tensor, [rows of the run, *shape], in the compute dtype.
 
         Rows of one slot share it, expanded instead of copied. A product with either gives the same
         bits, so an answer does not depend on whether its neighbours use the same adapter.
         """
-        if self.batch.only is not None:
-            return view[self.batch.only].expand(len(self.batch.slots), *view.shape[1:])
-        return view[self.batch.slots]
+        if run.start is None:
+            pages = functional.embedding(run.table[:, part.pages], self._body)
+        else:
+            first, stop = run.start + part.pages.start, run.start + part.pages.stop
+            pages = self._body[first:stop].unsqueeze(0)
+        tensors = _shaped(pages, part.shape)
+        num_rows = run.rows.stop - run.rows.start
+        return tensors if len(tensors) == num_rows else tensors.expand(num_rows, *part.shape)
 
-    def _part(self, rows: torch.Tensor, name: str) -> torch.Tensor:
-        field, start = self._offsets[name]
-        part = rows[:, start : start + field.num_bytes].view(field.dtype)
-        # Strided, not reshaped: a view that became a copy would never see a write.
-        return part.view(len(rows), *field.shape)
+    def entries(self, run: Run, part: Part, indices: torch.Tensor) -> torch.Tensor:
+        """Return rows of each batch row's own matrix.
+
+        Args:
+            run: Rows of the batch.
+            part: A matrix, [entries, size].
+            indices: [rows of the run, tokens], int64, which entries.
+
+        Returns:
+            [rows of the run, tokens, size], in the compute dtype.
+        """
+        size, width = part.shape[1], self._body.shape[1]
+        at = indices.unsqueeze(2) * size + torch.arange(size, device=indices.device)
+        table = run.table[:, part.pages].expand(len(indices), -1)
+        pages = table.gather(1, (at // width).flatten(1)).view_as(at)
+        return self._body.view(-1)[pages * width + at % width]
+
+    def gather_head(self, name: str) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Go through the rows' own tensors of a head module, those of like size together.
+
+        Yields:
+            Indices of rows, and [those rows, most of the first axis, …], fp32. Where a row's has
+            fewer (labels), the rest is zero.
+        """
+        sizes: dict[int, list[int]] = {}
+        for index, seat in enumerate(self.rows):
+            part = seat.heads.get(name)
+            if part is not None:
+                # Up to twice the size: a row of two labels must not pay for one of a thousand.
+                sizes.setdefault(max(4, part.shape[0] - 1).bit_length(), []).append(index)
+        for indices in sizes.values():
+            yield indices, self._gather_head(name, [self.rows[index] for index in indices])
+
+    def _gather_head(self, name: str, seats: Sequence[Seat]) -> torch.Tensor:
+        parts = [seat.heads[name] for seat in seats]
+        shape = (max(part.shape[0] for part in parts), *parts[0].shape[1:])
+        if all(seat is seats[0] for seat in seats):
+            table = seats[0].head[parts[0].pages].unsqueeze(0)
+        else:
+            tables = [seat.head[part.pages] for seat, part in zip(seats, parts, strict=True)]
+            table = pad_sequence(tables, batch_first=True)  # with page 0
+        tensors = _shaped(functional.embedding(table, self._heads), shape)
+        return tensors.expand(len(parts), *shape)
 
 
-def row_bytes(fields: Iterable[Field]) -> int:
-    """Return what fields take of a bank row, in bytes, each aligned."""
-    return sum(-(-field.num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES for field in fields)
+def _run(rows: slice, seats: Sequence[Seat]) -> Run:
+    first, sites = seats[0], seats[0].packing.sites
+    if any(seat is not first for seat in seats):
+        return Run(rows, sites, torch.stack([seat.body for seat in seats]), None)
+    start = first.pieces[0].start if len(first.pieces) == 1 else None
+    return Run(rows, sites, first.body.unsqueeze(0), start)
+
+
+def _shaped(pages: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """View [rows, pages, elements of a page] as [rows, *shape]."""
+    return pages.flatten(1)[:, : math.prod(shape)].view(len(pages), *shape)
+
+
+def _write(pages: torch.Tensor, tensor: torch.Tensor) -> None:
+    pages.view(-1)[: tensor.numel()] = tensor.flatten()

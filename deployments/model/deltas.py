@@ -7,6 +7,7 @@ base's, for LoRA on a head, and for a head that the base lends.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -15,12 +16,26 @@ from transformers.pytorch_utils import Conv1D
 from adapters.artifact import Artifact
 from adapters.errors import AdapterRefused
 from deployments.model.layout import Layout
+from deployments.model.sites import of_head
 
 Tensors = dict[str, torch.Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What an adapter changes, as fp32 CPU tensors.
+
+    Attributes:
+        body: Module path in the encoder -> what its site reads, see `deployments.model.sites`.
+        heads: Head module -> what its site reads.
+    """
+
+    body: dict[str, Tensors]
+    heads: Tensors
+
+
 class Deltas:
-    """Turns artifacts into bank fields. Reads the base's weights and changes nothing."""
+    """Turns artifacts into deltas. Reads the base's weights and changes nothing."""
 
     def __init__(self, layout: Layout, modules: Mapping[str, nn.Module], lent: Tensors) -> None:
         """Keep the base's own.
@@ -28,14 +43,14 @@ class Deltas:
         Args:
             layout: What became of the base's modules.
             modules: Module path -> the module inside each site, quantised as it is.
-            lent: Bank field -> the head that the base's checkpoint brings, fp32, CPU.
+            lent: Parameter -> the head that the base's checkpoint brings, fp32, CPU.
         """
         self.layout = layout
         self.modules = modules
         self.lent = lent
 
-    def fields(self, artifact: Artifact) -> Tensors:
-        """Return bank field -> fp32 CPU tensor, in the corner of the field's shape.
+    def of(self, artifact: Artifact) -> Delta:
+        """Return what an adapter changes.
 
         Raises:
             AdapterRefused: It has a copy of a base's parameter that differs from the base's.
@@ -47,18 +62,19 @@ class Deltas:
         ]
         if problems:
             raise AdapterRefused(artifact.task, problems)
-        fields: Tensors = {}
+        body: dict[str, Tensors] = {}
         for path, kind in self.layout.sites.items():
             parts = _parts(artifact.tensors, path)
-            if not parts:
-                continue
-            if kind == "embedding":
+            if parts and kind == "embedding":
                 scale = getattr(self.modules[path], "embed_scale", 1.0)
-                named = {"lora_A": parts["lora_A"], "lora_B": parts["lora_B"] * float(scale)}
-            else:
-                named = self._of_linear(artifact, path, parts)
-            fields |= {f"{path}.{part}": tensor for part, tensor in named.items()}
-        return fields | self._of_head(artifact)
+                body[path] = {"lora_A": parts["lora_A"], "lora_B": parts["lora_B"] * float(scale)}
+            elif "weight" in parts:
+                body[path] = parts
+            elif parts:
+                body[path] = self._of_linear(artifact, path, parts)
+        return Delta(
+            {path: named for path, named in body.items() if named}, self._of_head(artifact)
+        )
 
     def _of_linear(self, artifact: Artifact, path: str, parts: Tensors) -> Tensors:
         """Return the parts of `LinearSite`, or the shift alone of another module."""
@@ -69,7 +85,7 @@ class Deltas:
             if "magnitude" in parts:
                 gain = parts["magnitude"] / _norms(self._weight(path), a, b)
                 named["gain"], b = gain - 1, b * gain
-            named |= {"lora_A": a, "lora_B": b}
+            named["lora"] = torch.cat([a, b], dim=1)
         if "ia3" in parts:
             forward = artifact.spec.matching.feeds_forward(path)
             named["scale_in" if forward else "scale_out"] = parts["ia3"] - 1
@@ -84,14 +100,15 @@ class Deltas:
 
     def _of_head(self, artifact: Artifact) -> Tensors:
         """Return the head's weights: the adapter's, else the base's, with LoRA on them merged."""
-        task_type, fields = artifact.spec.task_type, {}
-        for path, shape in self.layout.graphs[task_type].heads.items():
-            name, parts = self.layout.head_name(task_type, path), _parts(artifact.tensors, path)
-            for part in shape.parameters:
-                own = parts.get(part)
-                fields[f"{name}.{part}"] = self.lent[f"{name}.{part}"] if own is None else own
-            fields |= _merged(artifact, path, name, parts, fields)
-        return fields
+        task_type, heads = artifact.spec.task_type, {}
+        shapes = self.layout.graphs[task_type].heads
+        for path, name, module in self.layout.head_sites(task_type):
+            parts = _parts(artifact.tensors, path)
+            for part in shapes[path].parameters:
+                if part not in parts:
+                    parts[part] = self.lent[f"{name}.{part}"]
+            heads[name] = of_head(module, _merged(artifact, path, parts))
+        return heads
 
     def _weight(self, path: str) -> torch.Tensor:
         """Return a linear's weight as its product sees it, [out, in], fp32, CPU."""
@@ -121,16 +138,16 @@ def _parts(tensors: Mapping[str, torch.Tensor], path: str) -> Tensors:
 
 def _norms(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return the norm of each output's merged weights, [out] (DoRA, arXiv:2402.09353, eq. 5)."""
-    norms: torch.Tensor = torch.linalg.vector_norm(weight + (a @ b).t(), dim=1)
+    norms: torch.Tensor = torch.linalg.vector_norm(weight + b.t() @ a, dim=1)
     return norms
 
 
-def _merged(artifact: Artifact, path: str, name: str, parts: Tensors, fields: Tensors) -> Tensors:
-    """Return a head linear's weights with what the adapter has on them, which is plain algebra."""
-    weight, bias = fields[f"{name}.weight"], fields.get(f"{name}.bias")
+def _merged(artifact: Artifact, path: str, parts: Tensors) -> Tensors:
+    """Return a head module's weights with what the adapter has on them, which is plain algebra."""
+    weight, bias = parts["weight"], parts.get("bias")
     if "lora_A" in parts:
         a, b = parts["lora_A"], parts["lora_B"]
-        merged = weight + (a @ b).t()
+        merged = weight + b.t() @ a
         if "magnitude" in parts:
             merged = merged * (parts["magnitude"] / _norms(weight, a, b)).unsqueeze(1)
         weight = merged
@@ -141,5 +158,4 @@ def _merged(artifact: Artifact, path: str, name: str, parts: Tensors, fields: Te
     elif "ia3" in parts:
         weight = weight * parts["ia3"].unsqueeze(1)
         bias = None if bias is None else bias * parts["ia3"]
-    named = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    return {f"{name}.{part}": tensor for part, tensor in named.items()}
+    return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -20,18 +20,19 @@ from deployments.model.attention import steady
 from deployments.model.bank import Bank
 from deployments.model.checkpoint import Checkpoint
 from deployments.model.deltas import Deltas
+from deployments.model.graphs import Captured, on_cuda
 from deployments.model.heads import HeadGraph
 from deployments.model.layout import Layout, find_layout, is_target
 from deployments.model.quantize import Quantization, quantize
-from deployments.model.sites import EmbeddingSite, HeadSite, LinearSite, ShiftSite
+from deployments.model.sites import EmbeddingSite, HeadSite, LinearSite, ShiftSite, Site
 
 
 class Logits(NamedTuple):
     """What a batch gives, its rows split by task type; None where there are none.
 
     Attributes:
-        sequences: [rows of sequences, max_labels], fp32.
-        tokens: [rows of tokens, tokens, max_labels], fp32.
+        sequences: [rows of sequences, most labels of them], fp32; zero beyond a row's own.
+        tokens: [rows of tokens, tokens, most labels of them], fp32; likewise.
     """
 
     sequences: torch.Tensor | None
@@ -48,11 +49,7 @@ class Encoder:
         quantization: Quantization,
         device: torch.device,
         dtype: torch.dtype,
-        num_slots: int,
-        max_rank: int,
-        max_labels: int,
-        lora_targets: Collection[str] | None,
-        saved_modules: Collection[str] = (),
+        bank_bytes: int,
     ) -> None:
         """Load the base, quantise it, and put sites in the place of its modules.
 
@@ -61,11 +58,7 @@ class Encoder:
             quantization: Of every linear that is not a head's.
             device: Where base and bank live.
             dtype: What base and LoRA compute in; heads compute in fp32.
-            num_slots: Rows of the bank, slot 0 included.
-            max_rank: Largest LoRA rank of a slot.
-            max_labels: Width of the logits.
-            lora_targets: Ends of the module paths that get a LoRA site; None for all linears.
-            saved_modules: Ends of the paths of encoder modules that adapters may bring whole.
+            bank_bytes: Memory for resident adapters.
 
         Raises:
             BaseUnavailable: It cannot be had, or a head has parameters that no site holds.
@@ -77,19 +70,32 @@ class Encoder:
         self.config = self.model.config
         self.config.use_cache = False
         self._prepare(device)
-        layout = find_layout(checkpoint, lora_targets, saved_modules)
+        layout = find_layout(checkpoint)
         lent = _lent(layout)
         heads = {path for head in layout.heads.values() for path in head}
         quantize(self.model, heads, quantization, device)
-        self.bank = Bank(layout.fields(dtype, max_rank, max_labels), num_slots, device)
+        width: int = self.config.get_text_config().hidden_size
+        self.bank = Bank(bank_bytes, dtype, width, device)
         modules = {path: self.model.get_submodule(path) for path in layout.sites}
         # Also the embedding that is no site: an adapter may hold a copy of it.
         modules |= {path: self.model.get_submodule(path) for path in layout.embeddings}
-        self.geometry = self._geometry(layout, max_rank, max_labels)
+        self.geometry = Geometry(
+            base_id=base.hub_id,
+            sites=layout.shapes(),
+            graphs=layout.graphs,
+            linears=layout.linears,
+            embeddings=layout.embeddings,
+            max_positions=self.max_positions,
+        )
         self.deltas = Deltas(layout, modules, lent)
-        self._graphs = self._build_graphs(checkpoint, layout, max_labels)
-        self._install(layout, dtype, max_rank)
+        self._graphs = self._build_graphs(checkpoint, layout)
+        self._install(layout)
         nn.Module.to(self.model, device)
+        self._captured = Captured(
+            self.model.base_model, self.bank, self.pad_id or 0, self.max_positions
+        )
+        if device.type == "cuda":
+            self._captured.record = on_cuda(device)
 
     def _prepare(self, device: torch.device) -> None:
         prepare = words(self.model).prepare
@@ -98,47 +104,32 @@ class Encoder:
         if device.type == "cpu":
             steady(self.model)
 
-    def _geometry(self, layout: Layout, max_rank: int, max_labels: int) -> Geometry:
-        return Geometry(
-            base_id=self.base.hub_id,
-            sites=layout.shapes(),
-            graphs=layout.graphs,
-            linears=layout.linears,
-            embeddings=layout.embeddings,
-            whole=layout.whole,
-            max_rank=max_rank,
-            max_labels=max_labels,
-            max_positions=self.max_positions,
-        )
-
-    def _build_graphs(
-        self, checkpoint: Checkpoint, layout: Layout, max_labels: int
-    ) -> dict[TaskType, HeadGraph]:
+    def _build_graphs(self, checkpoint: Checkpoint, layout: Layout) -> dict[TaskType, HeadGraph]:
         """Put head sites into their places, and return the graph of each task type."""
         config = self.config.get_text_config()
         # No row has this id: without padding every token counts.
         pad_id = config.vocab_size if self.pad_id is None else self.pad_id
         for task_type, model in checkpoint.models.items():
-            for path, name, module, labels in layout.head_sites(task_type, max_labels):
+            for path, name, module in layout.head_sites(task_type):
                 inside = path.startswith(layout.prefix)
                 # Nothing of the encoder reads what a pooler gives.
                 within = inside and "pooler" not in path.split(".")
-                site = HeadSite(module, name, self.bank, labels, within=within)
+                site = HeadSite(module, name, self.bank, within=within)
                 _replace(self.model if inside else model, path, site)
         return {t: HeadGraph(_headless(m), pad_id) for t, m in checkpoint.models.items()}
 
-    def _install(self, layout: Layout, dtype: torch.dtype, max_rank: int) -> None:
+    def _install(self, layout: Layout) -> None:
         """Put the encoder's sites in the place of its modules."""
         for path, kind in layout.sites.items():
             module = self.model.get_submodule(path)
             if kind == "linear":
-                _replace(self.model, path, LinearSite(module, path, self.bank, dtype, max_rank))
-            elif kind == "shift":
-                rowless = is_target(path, words(self.model).rowless)
-                _replace(self.model, path, ShiftSite(module, path, self.bank, dtype, rowless))
+                site: Site = LinearSite(module, path, self.bank)
+            elif kind == "embedding":
+                site = EmbeddingSite(module, path, self.bank)
             else:
-                assert isinstance(module, nn.Embedding)
-                _replace(self.model, path, EmbeddingSite(module, path, self.bank, dtype, max_rank))
+                rowless = is_target(path, words(self.model).rowless)
+                site = ShiftSite(module, path, self.bank, rowless)
+            _replace(self.model, path, site)
 
     def forward(
         self,
@@ -159,7 +150,9 @@ class Encoder:
         """
         segments = {} if type_ids is None else {"token_type_ids": type_ids}
         self.bank.route(slots)
-        encoded = self.model.base_model(input_ids=ids, attention_mask=mask, **segments)
+        encoded = self._captured.run(ids, mask, type_ids)
+        if encoded is None:
+            encoded = self.model.base_model(input_ids=ids, attention_mask=mask, **segments)
         if not any(of_tokens):
             return Logits(self._graphs["SEQ_CLS"](encoded, ids, mask), None)
         if all(of_tokens):
@@ -206,12 +199,19 @@ class Encoder:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """Return what base and LoRA compute in: bf16 on a GPU; fp32 on a CPU, where bf16 is slower."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    """Return what base and LoRA compute in: fp32 on a CPU, where bf16 is slower.
+
+    On a GPU bf16, or fp16 if its hardware has no bf16 (before compute capability 8, where torch
+    emulates it).
+    """
+    if device.type != "cuda":
+        return torch.float32
+    major, _ = torch.cuda.get_device_capability(device)
+    return torch.bfloat16 if major >= 8 else torch.float16
 
 
 def _lent(layout: Layout) -> dict[str, torch.Tensor]:
-    """Return bank field -> fp32 CPU tensor of every head module that the checkpoint brings."""
+    """Return parameter -> fp32 CPU tensor of every head module that the checkpoint brings."""
     return {
         f"{layout.head_name(task_type, path)}.{part}": parameter.detach().float()
         for task_type, head in layout.heads.items()

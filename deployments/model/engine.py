@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import traceback
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from adapters.artifact import Artifact, read_artifact
+from adapters.errors import AdapterRefused
 from adapters.store import RULES, Files
 from deployments.base import BaseName
+from deployments.config import GIB
+from deployments.model.bank import Packed
 from deployments.model.encoder import Encoder, Logits, default_dtype
 from deployments.model.quantize import choose
 from deployments.model.scores import to_predictions
@@ -23,23 +27,31 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """An artifact and its bank row: all that a slot needs.
+    """An artifact and its pages: all that a slot needs.
 
     Attributes:
         artifact: The adapter, without its tensors.
-        row: [row_bytes], uint8, CPU.
-        fields: The bank fields that it fills.
+        packed: Its tensors as the bank has them.
     """
 
     artifact: Artifact
-    row: torch.Tensor
-    fields: frozenset[str]
+    packed: Packed
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that it takes of the bank."""
+        return len(self.packed.pages)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it takes of the bank, and of the host's RAM."""
+        return self.packed.pages.nbytes
 
 
 class Engine:
     """One base, many adapters, one forward for rows of any of them.
 
-    Used by one thread at a time, but for `read`, which touches no slot.
+    Used by one thread at a time, but for `read` and its halves, which touch no slot.
     """
 
     def __init__(
@@ -48,11 +60,7 @@ class Engine:
         *,
         quantization: str = "auto",
         device: str = "auto",
-        adapter_slots: int = 64,
-        max_lora_rank: int = 16,
-        max_labels: int = 16,
-        lora_targets: Collection[str] | None = None,
-        saved_modules: Collection[str] = (),
+        bank_bytes: int = GIB,
         dtype: torch.dtype | None = None,
         base_aliases: Collection[str] = (),
     ) -> None:
@@ -62,11 +70,7 @@ class Engine:
             base_model: A folder, or a hub id `org/name@revision`.
             quantization: `none`, `int8`, `nf4`; `auto` is nf4 on a GPU and int8 on a CPU.
             device: `cpu`, `cuda`; `auto` is cuda where there is one.
-            adapter_slots: Adapters that can be resident at a time.
-            max_lora_rank: Largest rank that can be loaded.
-            max_labels: Most labels that can be loaded.
-            lora_targets: Ends of module paths that adapters may target; None for all linears.
-            saved_modules: Ends of the paths of modules before the head that adapters may bring.
+            bank_bytes: Memory for resident adapters; on a CPU it is taken as they come.
             dtype: What base and LoRA compute in; None is bf16 on a GPU and fp32 on a CPU.
             base_aliases: Hub ids that are the same base as `base_model`.
 
@@ -81,11 +85,7 @@ class Engine:
             quantization=self.quantization,
             device=self.device,
             dtype=dtype or default_dtype(self.device),
-            num_slots=adapter_slots + 1,
-            max_rank=max_lora_rank,
-            max_labels=max_labels,
-            lora_targets=lora_targets,
-            saved_modules=saved_modules,
+            bank_bytes=bank_bytes,
         )
         self.geometry = replace(
             self.encoder.geometry,
@@ -95,8 +95,7 @@ class Engine:
         config = self.encoder.config.get_text_config()
         self._num_ids: int = config.vocab_size
         self._pad_id = self.encoder.pad_id or 0  # any will do where the base has none
-        self._num_labels = [0] * (adapter_slots + 1)
-        self._of_tokens = [False] * (adapter_slots + 1)
+        self._residents: dict[int, Artifact] = {}
 
     def read(self, files: Files) -> Loaded:
         """Validate an adapter's files against this base and pack them for a slot.
@@ -104,24 +103,45 @@ class Engine:
         Raises:
             AdapterRefused: With every problem that was found.
         """
+        return self.pack(self.validate(files))
+
+    def validate(self, files: Files) -> Artifact:
+        """Do the first half of `read`."""
         # Only where it is compared: hashing a large base takes a minute.
         compared = b"base_sha256" in files.contents.get(RULES, b"")
-        sha256 = self.encoder.sha256 if compared else None
-        artifact = read_artifact(files, self.geometry, sha256)
-        fields = self.encoder.deltas.fields(artifact)
-        row = self.encoder.bank.pack(fields)
-        return Loaded(artifact.without_tensors(), row, frozenset(fields))
+        return read_artifact(files, self.geometry, self.encoder.sha256 if compared else None)
 
-    def write(self, slot: int, loaded: Loaded) -> None:
-        """Put an adapter into a slot (1 to adapter_slots), in the place of what was there."""
-        self.encoder.bank.write(slot, loaded.row, loaded.fields)
-        self._num_labels[slot] = loaded.artifact.num_labels
-        self._of_tokens[slot] = loaded.artifact.spec.task_type == "TOKEN_CLS"
+    def pack(self, artifact: Artifact) -> Loaded:
+        """Do the second half of `read`."""
+        delta, bank = self.encoder.deltas.of(artifact), self.encoder.bank
+        loaded = Loaded(artifact.without_tensors(), bank.pack(delta.body, delta.heads))
+        if loaded.num_pages > bank.num_pages:
+            mib, has = loaded.num_bytes / 2**20, bank.num_pages * bank.page_bytes / 2**20
+            problem = f"it takes {mib:.1f} MiB and the bank has {has:.1f}; raise bank_gib"
+            raise AdapterRefused(artifact.task, [problem])
+        return loaded
+
+    def write(self, slot: int, loaded: Loaded, gone: Iterable[int] = ()) -> None:
+        """Put an adapter into a slot (1 or more), in the place of what was there.
+
+        Args:
+            slot: The slot.
+            loaded: The adapter.
+            gone: Slots whose adapters leave first.
+
+        Raises:
+            MemoryError: The bank has no room for it; the slot is empty then.
+        """
+        for left in (*gone, slot):
+            self.encoder.bank.forget(left)
+            self._residents.pop(left, None)
+        self.encoder.bank.write(slot, loaded.packed)
+        self._residents[slot] = loaded.artifact
 
     def problem(self, row: Row) -> BadRow | None:
         """Return why a row cannot be read, or None if it can."""
         ids, type_ids = row.tokens
-        if not 0 < row.slot < len(self._num_labels) or not self._num_labels[row.slot]:
+        if row.slot not in self._residents:
             return BadRow(f"slot {row.slot} holds no adapter")
         if not ids:
             return BadRow("the input has no tokens")
@@ -142,7 +162,7 @@ class Engine:
             num_tokens: Pad to so many tokens; None for the longest row.
 
         Returns:
-            [rows, max_labels], of token classifiers [rows, tokens, max_labels], fp32, on the
+            [rows, most labels], of token classifiers [rows, tokens, most labels], fp32, on the
             device; zero beyond a row's own labels. Gradients flow if the caller has them on.
         """
         sequences, tokens = self.forward(rows, num_tokens)
@@ -165,24 +185,39 @@ class Engine:
             mask.to(self.device),
             None if segments is None else segments.to(self.device),
             [row.slot for row in rows],
-            [self._of_tokens[row.slot] for row in rows],
+            [self._of_tokens(row) for row in rows],
         )
+
+    def _of_tokens(self, row: Row) -> bool:
+        return self._residents[row.slot].spec.task_type == "TOKEN_CLS"
 
     def predict(self, rows: Sequence[Row]) -> list[Prediction | Exception]:
         """Answer rows of any mix of slots with one forward; a row's problem stands in its place."""
         answers: list[Prediction | Exception | None] = [self.problem(row) for row in rows]
         good = [index for index, problem in enumerate(answers) if problem is None]
+        # Adapters that are packed alike share a product.
+        good.sort(key=lambda index: self.encoder.bank.likeness(rows[index].slot))
         if good:
-            with torch.inference_mode():
-                logits = self.forward([rows[index] for index in good])
+            logits = self._answer([rows[index] for index in good])
             for of_tokens, part in enumerate(logits):
-                chosen = [i for i in good if self._of_tokens[rows[i].slot] == bool(of_tokens)]
+                chosen = [i for i in good if self._of_tokens(rows[i]) == bool(of_tokens)]
                 if part is not None:
-                    counts = [self._num_labels[rows[index].slot] for index in chosen]
+                    counts = [self._residents[rows[index].slot].num_labels for index in chosen]
                     scored = to_predictions(part, counts, [rows[index] for index in chosen])
                     for index, prediction in zip(chosen, scored, strict=True):
                         answers[index] = prediction
         return answers  # type: ignore[return-value]  # no None is left
+
+    def _answer(self, rows: Sequence[Row]) -> Logits:
+        """Run one forward without gradients; if it does not fit, free what it took, and raise."""
+        try:
+            with torch.inference_mode():
+                return self.forward(rows)
+        except torch.OutOfMemoryError as error:
+            # The traceback would keep every layer's tensors while the halves of the batch run.
+            traceback.clear_frames(error.__traceback__)
+            torch.cuda.empty_cache()
+            raise
 
 
 def choose_device(device: str) -> torch.device:

@@ -43,7 +43,7 @@ class HeadGraph(nn.Module):
             rows: Indices of the rows, int64; None for all of them.
 
         Returns:
-            Logits [rows, max_labels], of a token classifier [rows, tokens, max_labels], fp32.
+            Logits [rows, most labels], of a token classifier [rows, tokens, most labels], fp32.
         """
         ids = torch.where(mask.bool(), ids, self.pad_id)
         if rows is not None:

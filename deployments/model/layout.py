@@ -1,4 +1,4 @@
-"""Which modules of a base become sites, and what they take of a bank row."""
+"""Which modules of a base become sites."""
 
 from __future__ import annotations
 
@@ -6,21 +6,16 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from adapters.geometry import Graph, HeadShape, SiteShape, TaskType
 from deployments.base import BaseUnavailable
-from deployments.model.bank import Field
 from deployments.model.checkpoint import Checkpoint, linears_of
-from deployments.model.sites import EmbeddingSite, HeadSite, LinearSite, ShiftSite, features
+from deployments.model.sites import features
 
 # What adapters may bring whole.
 _WHOLE = (nn.Linear, nn.LayerNorm)
-# What, beside linears that are not targeted, may have a bias of an adapter's own.
-_BIASED = (nn.Linear, Conv1D, nn.LayerNorm, nn.Conv1d)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +26,9 @@ class Layout:
         model: The classifier of sequences, whose encoder all task types share.
         linears: Every linear of the encoder that is not a head's.
         embeddings: Every embedding of the encoder that adapters may target.
-        whole: Every module of the encoder that adapters could bring whole.
         sites: Module path -> what kind of site it becomes.
+        whole: Site -> parameter -> shape, of what an adapter brings if it brings the module. Found
+            before it is quantised: that makes a Linear of a Conv1D, whose weight lies otherwise.
         heads: Task type -> module path -> linear or norm that adapters bring whole. The last one
             gives the logits.
         graphs: Task type -> how it is answered.
@@ -41,8 +37,8 @@ class Layout:
     model: PreTrainedModel
     linears: frozenset[str]
     embeddings: frozenset[str]
-    whole: frozenset[str]
     sites: dict[str, Literal["linear", "embedding", "shift"]]
+    whole: dict[str, dict[str, tuple[int, ...]]]
     heads: dict[TaskType, dict[str, nn.Module]]
     graphs: dict[TaskType, Graph]
 
@@ -62,52 +58,21 @@ class Layout:
                 width, rows = module.num_embeddings, module.embedding_dim
             elif path in self.linears:
                 width, rows = features(module)
-            shapes[path] = SiteShape(kind, width, rows, bias is not None)
+            shapes[path] = SiteShape(kind, width, rows, bias is not None, self.whole[path])
         return shapes
 
-    def fields(self, dtype: torch.dtype, max_rank: int, max_labels: int) -> list[Field]:
-        """Return all that an adapter may fill of a bank row."""
-        fields: list[Field] = []
-        for path, kind in self.sites.items():
-            module = self.model.get_submodule(path)
-            if kind == "linear":
-                fields += LinearSite.fields(module, path, dtype, max_rank)
-            elif kind == "embedding":
-                assert isinstance(module, nn.Embedding)
-                fields += EmbeddingSite.fields(module, path, dtype, max_rank)
-            else:
-                fields += ShiftSite.fields(module, path, dtype)
-        named = {field.name for field in fields}
-        for task_type in self.heads:
-            for _, name, module, labels in self.head_sites(task_type, max_labels):
-                of_head = HeadSite.fields(module, name, labels)
-                # A pooler is the encoder's, and in the heads of several task types.
-                fields += [field for field in of_head if field.name not in named]
-                named.update(field.name for field in of_head)
-        return fields
-
-    def head_sites(
-        self, task_type: TaskType, max_labels: int
-    ) -> Iterator[tuple[str, str, nn.Module, int | None]]:
-        """Go through a head: module path, name in the bank, module, width if it gives logits."""
+    def head_sites(self, task_type: TaskType) -> Iterator[tuple[str, str, nn.Module]]:
+        """Go through a head: module path, name in the bank, module."""
         for path, module in self.heads[task_type].items():
-            labelled = self.graphs[task_type].heads[path].labelled
-            yield path, self.head_name(task_type, path), module, max_labels if labelled else None
+            yield path, self.head_name(task_type, path), module
 
     def head_name(self, task_type: TaskType, path: str) -> str:
         """Return a head module's name in the bank: two task types may both have a `classifier`."""
         return path if path.startswith(self.prefix) else f"{task_type}:{path}"
 
 
-def find_layout(
-    checkpoint: Checkpoint, lora_targets: Collection[str] | None, saved_modules: Collection[str]
-) -> Layout:
+def find_layout(checkpoint: Checkpoint) -> Layout:
     """Find the sites of a base.
-
-    Args:
-        checkpoint: The base.
-        lora_targets: Ends of the paths of modules that adapters may target; None for all linears.
-        saved_modules: Ends of the paths of the encoder's modules that adapters may bring whole.
 
     Raises:
         BaseUnavailable: A head has parameters that no site holds.
@@ -116,7 +81,7 @@ def find_layout(
     prefix, every = model.base_model_prefix + ".", linears_of(model)
     lacking = frozenset(n for n in checkpoint.missing["SEQ_CLS"] if n.startswith(prefix))
     heads = {
-        task_type: _head(of_type, model, lacking, saved_modules)
+        task_type: _head(of_type, model, lacking)
         for task_type, of_type in checkpoint.models.items()
     }
     inside = {path for head in heads.values() for path in head if path.startswith(prefix)}
@@ -124,12 +89,11 @@ def find_layout(
     embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
     sites: dict[str, Literal["linear", "embedding", "shift"]] = {}
     for path, module in model.named_modules():
-        targeted = is_target(path, lora_targets)
-        if path in linears and targeted:
+        if path in linears:
             sites[path] = "linear"
-        elif path == embedding and lora_targets is not None and targeted:
+        elif path == embedding:
             sites[path] = "embedding"
-        elif path.startswith(prefix) and path not in inside and _has_bias(module):
+        elif path.startswith(prefix) and path not in inside and _may_change(module):
             sites[path] = "shift"
     graphs = {
         task_type: Graph(
@@ -143,36 +107,40 @@ def find_layout(
         model=model,
         linears=frozenset(linears),
         embeddings=frozenset([embedding]),
-        whole=frozenset(
-            path
-            for path, module in model.named_modules()
-            if isinstance(module, _WHOLE) and path.startswith(prefix)
-        ),
         sites=sites,
+        whole={path: _whole(model.get_submodule(path)) for path in sites},
         heads=heads,
         graphs=graphs,
     )
 
 
-def is_target(path: str, targets: Collection[str] | None) -> bool:
-    """Tell whether a module path ends in one of the targets; None is every path."""
-    return targets is None or any(path == t or path.endswith("." + t) for t in targets)
+def is_target(path: str, names: Collection[str]) -> bool:
+    """Tell whether a module path ends in one of the names."""
+    return any(path == name or path.endswith("." + name) for name in names)
 
 
-def _has_bias(module: nn.Module) -> bool:
-    return isinstance(module, _BIASED) and module.bias is not None
+def _whole(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what an adapter brings if it brings this module."""
+    if not isinstance(module, _WHOLE):
+        return {}
+    shapes = {n: tuple(p.shape) for n, p in module.named_parameters(recurse=False)}
+    if isinstance(module, nn.Linear):  # a quantised weight has a shape of its own
+        shapes["weight"] = (module.out_features, module.in_features)
+    return shapes
+
+
+def _may_change(module: nn.Module) -> bool:
+    biased = isinstance(module, nn.Conv1d) and module.bias is not None
+    return biased or isinstance(module, nn.LayerNorm)
 
 
 def _head(
-    of_type: PreTrainedModel,
-    model: PreTrainedModel,
-    lacking: frozenset[str],
-    saved_modules: Collection[str],
+    of_type: PreTrainedModel, model: PreTrainedModel, lacking: frozenset[str]
 ) -> dict[str, nn.Module]:
     """Return the modules that adapters of a task type bring whole, in the order of the model.
 
-    They are those outside the encoder (`classifier`), those that the checkpoint does not bring (a
-    pooler, say; both would else answer at random), and those that adapters may bring.
+    They are those outside the encoder (`classifier`), and those that the checkpoint does not bring
+    (a pooler, say): both would else answer at random.
     """
     prefix = model.base_model_prefix + "."
     head: dict[str, nn.Module] = {}
@@ -181,14 +149,8 @@ def _head(
     for path, module in of_type.named_modules():
         own = {f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)}
         inside = path.startswith(prefix)
-        chosen = inside and _is_below(path, saved_modules)
-        if not own or (inside and not own & lacking and not chosen):
+        if not own or (inside and not own & lacking):
             continue
-        if chosen and not isinstance(module, _WHOLE):
-            raise BaseUnavailable(
-                f"saved_modules={path!r} is a {type(module).__name__}; only linears and LayerNorms "
-                "can be brought whole"
-            )
         needed |= own
         if isinstance(module, _WHOLE):
             # The encoder's modules are the shared model's, whichever class names them.
@@ -201,13 +163,6 @@ def _head(
             + (f" ({', '.join(left[:4])})" if left else "")
         )
     return head
-
-
-def _is_below(path: str, names: Collection[str]) -> bool:
-    """Tell whether a module, or one that it is part of, ends in one of the names."""
-    parts = path.split(".")
-    above = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
-    return any(is_target(module, names) for module in above)
 
 
 def _head_shapes(

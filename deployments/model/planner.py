@@ -34,17 +34,22 @@ class Planner:
             Indices into `lengths`, ascending; 0 is always among them, so no row waits for ever.
         """
         oldest = lengths[0]
-        nearest = sorted(range(1, len(lengths)), key=lambda i: (abs(lengths[i] - oldest), i))
+        joining = {n for n in set(lengths) if self._may_share(max(n, oldest), min(n, oldest))}
+        nearest = [index for index, length in enumerate(lengths) if index and length in joining]
+        # A longer row pads all others, a shorter one only itself: its distance counts twice.
+        # Stable: of equal distances the older row goes first.
+        nearest.sort(key=[max(oldest - n, 2 * (n - oldest)) for n in lengths].__getitem__)
         picked, longest, shortest = [0], oldest, oldest
         for index in nearest:
-            if len(picked) == self.max_rows:
+            if len(picked) == self.max_rows or (len(picked) + 1) * longest > self.max_tokens:
                 break
             high = max(longest, lengths[index])
             low = min(shortest, lengths[index])
-            if (len(picked) + 1) * high > self.max_tokens:
-                continue
-            if high > self.max_stretch * max(low, self.short_tokens):
-                continue
-            picked.append(index)
-            longest, shortest = high, low
+            if (len(picked) + 1) * high <= self.max_tokens and self._may_share(high, low):
+                picked.append(index)
+                longest, shortest = high, low
         return sorted(picked)
+
+    def _may_share(self, longest: int, shortest: int) -> bool:
+        """Whether the shortest row may be padded to the longest."""
+        return longest <= self.max_stretch * max(shortest, self.short_tokens)

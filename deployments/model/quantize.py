@@ -7,6 +7,7 @@ switched off. Only this module and `int8` know how a quantised linear is made.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from typing import Any, Literal
 
@@ -79,6 +80,7 @@ def _bitsandbytes(linear: nn.Linear, quantization: Quantization, device: torch.d
     # Imported here: it looks for GPUs at import, which only a quantised base needs.
     import bitsandbytes as bnb
 
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_not_of_casts)
     shape: dict[str, Any] = {
         "input_features": linear.in_features,
         "output_features": linear.out_features,
@@ -107,6 +109,11 @@ def _bitsandbytes(linear: nn.Linear, quantization: Quantization, device: torch.d
         )
     new.bias = linear.bias
     return new.to(device).eval()
+
+
+def _not_of_casts(record: logging.LogRecord) -> bool:
+    """Drop a line that every int8 product of bf16 inputs logs."""
+    return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
 
 
 def _stay_exact(linear4bit: nn.Module) -> None:

@@ -15,7 +15,7 @@ def to_predictions(
     """Score a batch, each row by its own problem type.
 
     Args:
-        logits: [rows, max_labels], of token classifiers [rows, tokens, max_labels], fp32, any
+        logits: [rows, most labels], of token classifiers [rows, tokens, most labels], fp32, any
             device; a row's labels beyond its own, and tokens of padding, are ignored.
         num_labels: Labels of each row.
         rows: The rows, for their problem types.
@@ -30,7 +30,7 @@ def to_predictions(
             _of_tokens(one[: row.num_tokens, :count])
             for one, count, row in zip(logits.cpu(), num_labels, rows, strict=True)
         ]
-    logits = logits[:, : max(num_labels)].float().cpu()  # one wide task in the bank is enough
+    logits = logits.float().cpu()
     counts = torch.tensor(num_labels).unsqueeze(1)
     absent = torch.arange(logits.shape[1]).unsqueeze(0) >= counts
     softmax = logits.masked_fill(absent, float("-inf")).softmax(dim=1).tolist()

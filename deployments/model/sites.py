@@ -1,4 +1,8 @@
-"""The modules that read the bank: linears and embeddings with LoRA, biases, and those of heads."""
+"""The modules that read the bank: linears, embeddings and norms of the base, and those of heads.
+
+A site runs the base's own module for all rows of a batch, then goes through the runs of rows whose
+adapters change it. What no row changes costs nothing beyond the base's module.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,29 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from deployments.model.bank import Bank, Field
+from deployments.model.bank import Bank, Run
 
 
-class LinearSite(nn.Module):
+class Site(nn.Module):
+    """A module of the base, and where the bank has what adapters do to it."""
+
+    def __init__(self, module: nn.Module, path: str, bank: Bank) -> None:
+        """Wrap a module; `path` is its name in the bank."""
+        super().__init__()
+        self.module = module
+        self.path = path
+        self.bank = bank
+
+    def _changed(self) -> list[tuple[Run, dict[str, torch.Tensor]]]:
+        """Return the runs of the batch that change this module, with each row's own tensors."""
+        return [
+            (run, {name: self.bank.gather(run, part) for name, part in parts.items()})
+            for run in self.bank.runs
+            if (parts := run.sites.get(self.path))
+        ]
+
+
+class LinearSite(Site):
     """A linear of the base, plus what each row's own adapter adds to it.
 
     With x the input of a row, every letter but W and b the row's own, and what an adapter has not
@@ -19,139 +42,91 @@ class LinearSite(nn.Module):
         y  = (x'·W)·(1 + gain) + b + (x'·A)·B + shift         DoRA, LoRA, biases
         y' = y·(1 + scale_out)                                IA3 elsewhere
 
-    LoRA's scaling and DoRA's gain are part of B.
+    or y = x·weight + bias where an adapter brings the module whole. LoRA's scaling and DoRA's gain
+    are part of B. `lora` is [rank, in + out]: each rank's column of A beside its row of B.
     """
-
-    def __init__(
-        self, linear: nn.Module, path: str, bank: Bank, dtype: torch.dtype, max_rank: int
-    ) -> None:
-        """Wrap a linear; its fields must be in the bank (see `fields`)."""
-        super().__init__()
-        self.linear = linear
-        self.bank = bank
-        fields = self.fields(linear, path, dtype, max_rank)
-        self.names = frozenset(field.name for field in fields)
-        self.lora = fields[0].name
-        self.a, self.b = (bank.view(field.name) for field in fields[:2])  # [slots, in, max_rank] …
-        self.vectors = {
-            field.name.rpartition(".")[2]: (field.name, bank.view(field.name))  # [slots, in or out]
-            for field in fields[2:]
-        }
-
-    @staticmethod
-    def fields(
-        linear: nn.Module, path: str, dtype: torch.dtype, max_rank: int
-    ) -> tuple[Field, ...]:
-        """Return what a site of this linear takes of a bank row."""
-        width, rows = features(linear)
-        shapes = {
-            "lora_A": (width, max_rank),
-            "lora_B": (max_rank, rows),
-            "scale_in": (width,),
-            "gain": (rows,),
-            "shift": (rows,),
-            "scale_out": (rows,),
-        }
-        return tuple(Field(f"{path}.{part}", shape, dtype) for part, shape in shapes.items())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [rows, tokens, in], or a pooled [rows, in], to the same with out; compute dtype.
 
         An input that all rows share, [1, tokens, in], is answered for each: [rows, tokens, out].
         """
-        used = self.bank.batch.fields
-        if self.names.isdisjoint(used):
-            y: torch.Tensor = self.linear(x)
+        changed = self._changed()
+        if not changed:
+            y: torch.Tensor = self.module(x)
             return y
-        num_rows = len(self.bank.batch.slots)
-        pooled = x.ndim == 2
-        if self.vectors["scale_in"][0] in used:
-            scale = 1 + self._vector("scale_in")
-            x = x * (scale.squeeze(1) if pooled else scale)
-        y = self.linear(x)
+        num_rows, pooled = len(self.bank.rows), x.ndim == 2
         if pooled:
-            x, y = x.unsqueeze(1), y.unsqueeze(1)
-        if len(x) == 1 < num_rows:
-            x, y = x.expand(num_rows, -1, -1), y.expand(num_rows, -1, -1)
-        if self.vectors["gain"][0] in used:
-            bias = getattr(self.linear, "bias", None)
-            y = y + (y if bias is None else y - bias) * self._vector("gain")
-        if self.lora in used:
-            y = torch.baddbmm(y, x @ self.bank.gather(self.a), self.bank.gather(self.b))
-        if self.vectors["shift"][0] in used:
-            y = y + self._vector("shift")
-        if self.vectors["scale_out"][0] in used:
-            y = y * (1 + self._vector("scale_out"))
+            x = x.unsqueeze(1)
+        shared = len(x) == 1 < num_rows
+        if any("scale_in" in own for _, own in changed):
+            x, shared = x.expand(num_rows, -1, -1).clone(), False
+            for run, own in changed:
+                if "scale_in" in own:
+                    x[run.rows] *= 1 + own["scale_in"].unsqueeze(1)
+        y = self.module(x.squeeze(1) if pooled else x)
+        if torch.is_grad_enabled():
+            y = y.clone()  # what a quantised product gives may not be changed in place then
+        if pooled:
+            y = y.unsqueeze(1)
+        if shared:
+            x, y = x.expand(num_rows, -1, -1), y.repeat(num_rows, 1, 1)
+        for run, own in changed:
+            self._change(x[run.rows], y[run.rows], own)
         return y.squeeze(1) if pooled else y
 
-    def _vector(self, part: str) -> torch.Tensor:
-        """Return each row's own, [rows, 1, features]."""
-        return self.bank.gather(self.vectors[part][1]).unsqueeze(1)
+    def _change(self, x: torch.Tensor, y: torch.Tensor, own: dict[str, torch.Tensor]) -> None:
+        """Change y, [rows of a run, tokens, out], in place."""
+        if "weight" in own:
+            y.copy_(x @ own["weight"].transpose(1, 2))
+            if "bias" in own:
+                y += own["bias"].unsqueeze(1)
+            return
+        if "gain" in own:
+            bias = getattr(self.module, "bias", None)
+            y += (y if bias is None else y - bias) * own["gain"].unsqueeze(1)
+        if "lora" in own:
+            a, b = own["lora"].split((x.shape[2], y.shape[2]), dim=2)
+            y.baddbmm_(x @ a.transpose(1, 2), b)
+        if "shift" in own:
+            y += own["shift"].unsqueeze(1)
+        if "scale_out" in own:
+            y *= 1 + own["scale_out"].unsqueeze(1)
 
 
-class EmbeddingSite(nn.Module):
+class EmbeddingSite(Site):
     """An embedding of the base, plus each row's own: y = E[id] + A[slot, id]·B[slot]."""
-
-    def __init__(
-        self, embedding: nn.Embedding, path: str, bank: Bank, dtype: torch.dtype, max_rank: int
-    ) -> None:
-        """Wrap an embedding; its fields must be in the bank (see `fields`)."""
-        super().__init__()
-        self.embedding = embedding
-        self.bank = bank
-        field_a, field_b = self.fields(embedding, path, dtype, max_rank)
-        self.name = field_a.name
-        self.a = bank.view(field_a.name)  # [slots, entries, max_rank]
-        self.b = bank.view(field_b.name)  # [slots, max_rank, out]
-
-    @staticmethod
-    def fields(
-        embedding: nn.Embedding, path: str, dtype: torch.dtype, max_rank: int
-    ) -> tuple[Field, ...]:
-        """Return what a site of this embedding takes of a bank row."""
-        return (
-            Field(f"{path}.lora_A", (embedding.num_embeddings, max_rank), dtype),
-            Field(f"{path}.lora_B", (max_rank, embedding.embedding_dim), dtype),
-        )
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Map ids, [rows, tokens] int64, to [rows, tokens, out]."""
-        y: torch.Tensor = self.embedding(ids)
-        if self.name not in self.bank.batch.fields:
-            return y
-        # Only the entries that are read: a row's whole A is as long as the vocabulary.
-        a = self.a[self.bank.batch.slots.unsqueeze(1), ids]
-        return torch.baddbmm(y, a, self.bank.gather(self.b))
+        y: torch.Tensor = self.module(ids)
+        for run in self.bank.runs:
+            parts = run.sites.get(self.path)
+            if parts:
+                # Only the entries that are read: a row's whole A is as long as the vocabulary.
+                a = self.bank.entries(run, parts["lora_A"], ids[run.rows])
+                y[run.rows] += a @ self.bank.gather(run, parts["lora_B"])
+        return y
 
 
-class ShiftSite(nn.Module):
-    """A module whose bias alone an adapter may change, a norm: y = module(x) + shift[slot]."""
+class ShiftSite(Site):
+    """A module of which an adapter may change the bias, or if it is a norm bring all of it.
 
-    def __init__(
-        self, module: nn.Module, path: str, bank: Bank, dtype: torch.dtype, rowless: bool
-    ) -> None:
-        """Wrap a module with a bias; its field must be in the bank (see `fields`).
+    y = module(x) + shift[slot], or norm(x)·weight[slot] + bias[slot].
+    """
+
+    def __init__(self, module: nn.Module, path: str, bank: Bank, rowless: bool) -> None:
+        """Wrap a norm or a Conv1d.
 
         Args:
-            module: A linear, a norm or a Conv1d.
-            path: Its path.
-            bank: Where the shifts are.
-            dtype: Of the shifts.
+            module: The module.
+            path: Its name in the bank.
+            bank: What it reads.
             rowless: Whether its input, [tokens, in], is shared by all rows.
         """
-        super().__init__()
-        self.module = module
-        self.bank = bank
+        super().__init__(module, path, bank)
         self.rowless = rowless
         self.token_dim = 2 if isinstance(module, nn.Conv1d) else 1
-        (field,) = self.fields(module, path, dtype)
-        self.name = field.name
-        self.shift = bank.view(field.name)  # [slots, out]
-
-    @staticmethod
-    def fields(module: nn.Module, path: str, dtype: torch.dtype) -> tuple[Field, ...]:
-        """Return what a site of this module takes of a bank row."""
-        return (Field(f"{path}.shift", tuple(module.bias.shape), dtype),)  # type: ignore[arg-type]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [rows, tokens, in], or a pooled [rows, in], to the same with out; compute dtype.
@@ -159,75 +134,90 @@ class ShiftSite(nn.Module):
         A Conv1d has tokens last. A shared input gives [rows, tokens, out] if a row has a shift.
         """
         y: torch.Tensor = self.module(x)
-        if self.name not in self.bank.batch.fields:
+        changed = self._changed()
+        if not changed:
             return y
-        shift = self.bank.gather(self.shift)
-        pooled = y.ndim == 2 and not self.rowless
-        return y + (shift if pooled else shift.unsqueeze(self.token_dim))
+        if self.rowless:
+            num_rows = len(self.bank.rows)
+            x, y = x.expand(num_rows, *x.shape), y.repeat(num_rows, *[1] * y.ndim)
+        pooled = y.ndim == 2
+        for run, own in changed:
+            vectors = {n: v if pooled else v.unsqueeze(self.token_dim) for n, v in own.items()}
+            if "weight" in own:
+                y[run.rows] = _normed(self.module, x[run.rows]) * vectors["weight"]
+            for name in {"shift", "bias"} & own.keys():
+                y[run.rows] += vectors[name]
+        return y
 
 
 class HeadSite(nn.Module):
     """A linear or norm that every adapter brings whole: a row is answered by its own, in fp32.
 
-    A linear gives x·W[slot]ᵀ + bias[slot], a norm norm(x)·weight[slot] + bias[slot]. Rows of W
-    beyond an adapter's labels are zero.
+    A linear gives x·W[slot]ᵀ + bias[slot], a norm norm(x)·weight[slot] + bias[slot]. In the bank
+    it is [out, in + 1], a norm's [2, out]: weight and bias. Labels beyond a row's own are zero.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        prefix: str,
-        bank: Bank,
-        max_labels: int | None,
-        *,
-        within: bool = False,
-    ) -> None:
+    def __init__(self, module: nn.Module, name: str, bank: Bank, *, within: bool = False) -> None:
         """Take the place of a module, whose own weights are never used.
 
         Args:
             module: A linear or a norm.
-            prefix: Its name in the bank.
+            name: Its name in the bank.
             bank: Where the weights are.
-            max_labels: Width of the last linear, None for all others.
             within: Whether the encoder goes on behind it, in the dtype of its input.
         """
         super().__init__()
+        self.norm = module if isinstance(module, nn.LayerNorm) else None
+        weight: torch.Tensor = module.weight  # type: ignore[assignment]
+        self.width = len(weight)
+        self.name = name
         self.bank = bank
         self.within = within
-        self.norm = module if isinstance(module, nn.LayerNorm) else None
-        weight, bias = self.fields(module, prefix, max_labels)
-        self.weight = bank.view(weight.name)  # [slots, out, in], of a norm [slots, out]
-        self.bias = bank.view(bias.name)  # [slots, out]
-
-    @staticmethod
-    def fields(module: nn.Module, prefix: str, max_labels: int | None) -> tuple[Field, ...]:
-        """Return what a site takes of a bank row; `max_labels` is the last linear's width.
-
-        A bias is always there: LoRA on a head may have one where the head has none.
-        """
-        shape: torch.Size = module.weight.shape  # type: ignore[assignment]
-        rows = max_labels or shape[0]
-        return (
-            Field(f"{prefix}.weight", (rows, *shape[1:]), torch.float32),
-            Field(f"{prefix}.bias", (rows,), torch.float32),
-        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [rows, in] or [rows, tokens, in], any float dtype, to the same with out, fp32.
 
-        Within the encoder the result has the dtype of the input.
+        Within the encoder the result has the dtype of the input. A row whose adapter has no such
+        module (a classifier of tokens has no pooler) gets zeros, which nobody reads.
         """
         dtype = x.dtype if self.within else torch.float32
-        x = x.float()
-        rows = x.unsqueeze(1) if x.ndim == 2 else x
-        weight = self.bank.gather(self.weight)
-        if self.norm is None:
-            y = rows @ weight.transpose(1, 2)
+        rows = (x.unsqueeze(1) if x.ndim == 2 else x).float()
+        found = list(self.bank.gather_head(self.name))
+        if len(found) == 1 and len(found[0][0]) == len(rows):
+            y = self._answer(rows, found[0][1])
         else:
-            shape, eps = self.norm.normalized_shape, self.norm.eps
-            y = functional.layer_norm(rows, shape, eps=eps) * weight.unsqueeze(1)
-        y = (y + self.bank.gather(self.bias).unsqueeze(1)).to(dtype)
+            answers = [(at, self._answer(rows[at], own)) for at, own in found]
+            width = max((part.shape[2] for _, part in answers), default=self.width)
+            y = rows.new_zeros(*rows.shape[:2], width)
+            for at, part in answers:
+                y[at, :, : part.shape[2]] = part
+        y = y.to(dtype)
         return y.squeeze(1) if x.ndim == 2 else y
+
+    def _answer(self, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        if self.norm is not None:
+            return _normed(self.norm, x) * own[:, :1] + own[:, 1:]
+        return x @ own[:, :, :-1].transpose(1, 2) + own[:, :, -1].unsqueeze(1)
+
+
+def _normed(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Normalise as a LayerNorm does, without its weights."""
+    assert isinstance(norm, nn.LayerNorm)
+    return functional.layer_norm(x, norm.normalized_shape, eps=norm.eps)
+
+
+def of_head(module: nn.Module, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return a head module's weight and bias as its site reads them, fp32, CPU.
+
+    A bias is always there: LoRA on a head may have one where the head has none.
+    """
+    weight = parts["weight"]
+    bias = parts.get("bias")
+    if bias is None:
+        bias = torch.zeros(len(weight))
+    if isinstance(module, nn.LayerNorm):
+        return torch.stack([weight, bias])
+    return torch.cat([weight, bias.unsqueeze(1)], dim=1)
 
 
 def features(linear: nn.Module) -> tuple[int, int]:

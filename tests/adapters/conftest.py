@@ -19,9 +19,9 @@ PREFIX = "base_model.model."
 
 @pytest.fixture
 def geometry() -> Geometry:
-    """A base with two layers of two linears, of which one kind is served, and a head of two."""
+    """A base with two layers of two linears, and a head of two."""
     linears = [f"bert.layer.{n}.{name}" for n in (0, 1) for name in ("query", "dense")]
-    sites = {path: SiteShape("linear", 6, 4, bias=True) for path in linears if "query" in path}
+    sites = {path: SiteShape("linear", 6, 4, bias=True) for path in linears}
     heads = {
         "bert.pooler": HeadShape({"weight": (6, 6), "bias": (6,)}),
         "classifier": HeadShape({"weight": (2, 6), "bias": (2,)}, labelled=True),
@@ -31,8 +31,6 @@ def geometry() -> Geometry:
         sites=sites,
         graphs={"SEQ_CLS": Graph("BertForSequenceClassification", heads)},
         linears=frozenset(linears),
-        max_rank=4,
-        max_labels=5,
         max_positions=64,
     )
 

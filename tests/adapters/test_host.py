@@ -115,15 +115,19 @@ async def test_the_budget_lets_the_least_recently_used_go(host: Host[str]) -> No
     assert host.used_bytes == 8
 
 
-def test_a_newcomer_over_the_budget_is_kept_alone(host: Host[str]) -> None:
+async def test_a_newcomer_over_the_budget_is_loaded_and_nobody_goes_for_it(
+    host: Host[str],
+) -> None:
     host.put("a", "xxx")
-    host.put("big", "x" * 50)
-    assert held(host, "a") == ""
-    assert host.peek("big") == "x" * 50
-    assert host.used_bytes == 50
-    host.put("b", "xx")
+    load = Load("x" * 11)
+    assert await host.get("big", load) == "x" * 11
+    assert held(host, "a") == "a"
     assert host.peek("big") is None
-    assert host.used_bytes == 2
+    assert host.used_bytes == 3
+    host.put("a", "x" * 11)  # a new copy of what is here
+    assert host.used_bytes == 0
+    host.put("full", "x" * 10)
+    assert host.used_bytes == 10
 
 
 def test_an_item_put_again_is_counted_once(host: Host[str]) -> None:

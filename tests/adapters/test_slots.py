@@ -1,10 +1,11 @@
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
 
+from adapters.errors import BankFull
 from adapters.slots import Slots
 
 Settle = Callable[[], Awaitable[None]]
@@ -12,27 +13,47 @@ Settle = Callable[[], Awaitable[None]]
 
 @dataclass
 class Bank:
-    """Remembers what was loaded where; loads run while `open` is set."""
+    """Remembers what was written where; writes run while `open` is set.
+
+    A version takes as many pages as it has letters.
+    """
 
     rows: dict[int, str] = field(default_factory=dict)
     loads: list[str] = field(default_factory=list)
+    absent: set[str] = field(default_factory=set)
     broken: set[str] = field(default_factory=set)
     open: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def load(self, version: str, slot: int) -> None:
+    async def fetch(self, version: str) -> str:
+        await asyncio.sleep(0)
+        if version in self.absent:
+            raise LookupError(f"{version} is absent")
+        return version
+
+    async def write(self, slot: int, version: str, gone: Sequence[int]) -> None:
+        for left in gone:
+            del self.rows[left]
+        assert slot not in self.rows, "whoever sat here has not been let go"
         self.loads.append(version)
         self.rows[slot] = f"half of {version}"
         await self.open.wait()
         if version in self.broken:
+            del self.rows[slot]
             raise ValueError(f"{version} is broken")
         self.rows[slot] = version
+
+    def slots(self, max_slots: int | None = None, num_pages: int = 1000) -> Slots[str]:
+        return Slots(
+            num_pages=num_pages, max_slots=max_slots,
+            fetch=self.fetch, size=len, write=self.write,
+        )  # fmt: skip
 
 
 @dataclass
 class Holder:
     """A call that pins a version until it is told to go."""
 
-    slots: Slots
+    slots: Slots[str]
     version: str
     slot: int | None = None
     go: asyncio.Event = field(default_factory=asyncio.Event)
@@ -58,13 +79,13 @@ def bank() -> Bank:
     return bank
 
 
-async def use(slots: Slots, version: str) -> int:
+async def use(slots: Slots[str], version: str) -> int:
     async with asyncio.timeout(5), slots.pin(version) as slot:
         return slot
 
 
 async def test_a_version_is_loaded_once_and_stays(bank: Bank) -> None:
-    slots = Slots(3, bank.load)
+    slots = bank.slots(2)
     first = await use(slots, "a")
     assert await use(slots, "a") == first
     assert bank.loads == ["a"]
@@ -73,19 +94,13 @@ async def test_a_version_is_loaded_once_and_stays(bank: Bank) -> None:
 
 
 async def test_slot_0_is_never_given(bank: Bank) -> None:
-    slots = Slots(4, bank.load)
+    slots = bank.slots(3)
     given = {await use(slots, version) for version in "abcdefgh"}
     assert given == {1, 2, 3}
 
 
-@pytest.mark.parametrize("num_slots", [0, 1])
-def test_a_bank_of_slot_0_alone_is_refused(num_slots: int, bank: Bank) -> None:
-    with pytest.raises(ValueError, match="at least 2"):
-        Slots(num_slots, bank.load)
-
-
 async def test_the_least_recently_used_goes_first(bank: Bank) -> None:
-    slots = Slots(4, bank.load)
+    slots = bank.slots(3)
     for version in "abcab":
         await use(slots, version)
     await use(slots, "d")
@@ -95,7 +110,7 @@ async def test_the_least_recently_used_goes_first(bank: Bank) -> None:
 
 
 async def test_a_pinned_version_is_not_evicted(bank: Bank, settle: Settle) -> None:
-    slots = Slots(3, bank.load)
+    slots = bank.slots(2)
     held = Holder(slots, "a")
     await settle()
     for version in "bcdef":
@@ -107,7 +122,7 @@ async def test_a_pinned_version_is_not_evicted(bank: Bank, settle: Settle) -> No
 
 async def test_many_pins_of_a_cold_version_share_one_load(bank: Bank, settle: Settle) -> None:
     bank.open.clear()
-    slots = Slots(3, bank.load)
+    slots = bank.slots(2)
     calls = [asyncio.ensure_future(use(slots, "a")) for _ in range(50)]
     await settle()
     assert slots.resident == {}  # not visible before its load has ended
@@ -119,7 +134,7 @@ async def test_many_pins_of_a_cold_version_share_one_load(bank: Bank, settle: Se
 async def test_a_load_that_fails_fails_its_waiters_and_frees_its_slot(
     bank: Bank, settle: Settle
 ) -> None:
-    slots = Slots(2, bank.load)
+    slots = bank.slots(1)
     bank.broken.add("bad")
     bank.open.clear()
     calls = [asyncio.ensure_future(use(slots, "bad")) for _ in range(3)]
@@ -135,7 +150,7 @@ async def test_a_load_that_fails_fails_its_waiters_and_frees_its_slot(
 
 
 async def test_a_failed_load_is_tried_again_by_the_next_pin(bank: Bank) -> None:
-    slots = Slots(2, bank.load)
+    slots = bank.slots(1)
     bank.broken.add("a")
     for _ in range(3):
         with pytest.raises(ValueError, match="a is broken"):
@@ -146,7 +161,7 @@ async def test_a_failed_load_is_tried_again_by_the_next_pin(bank: Bank) -> None:
 
 
 async def test_a_failing_load_evicts_but_one_other_version(bank: Bank) -> None:
-    slots = Slots(3, bank.load)
+    slots = bank.slots(2)
     await use(slots, "a")
     await use(slots, "b")
     bank.broken.add("bad")
@@ -159,7 +174,7 @@ async def test_a_failing_load_evicts_but_one_other_version(bank: Bank) -> None:
 async def test_with_all_slots_pinned_a_pin_waits_and_then_goes_on(
     bank: Bank, settle: Settle
 ) -> None:
-    slots = Slots(3, bank.load)
+    slots = bank.slots(2)
     a, b = Holder(slots, "a"), Holder(slots, "b")
     await settle()
     late = Holder(slots, "c")
@@ -177,7 +192,7 @@ async def test_with_all_slots_pinned_a_pin_waits_and_then_goes_on(
 async def test_a_cold_version_is_not_kept_out_by_one_that_is_always_in_use(
     bank: Bank, settle: Settle
 ) -> None:
-    slots = Slots(2, bank.load)
+    slots = bank.slots(1)
     held = Holder(slots, "hot")
     await settle()
     cold = Holder(slots, "cold")
@@ -198,7 +213,7 @@ async def test_a_cancelled_first_waiter_does_not_end_the_shared_load(
     bank: Bank, settle: Settle
 ) -> None:
     bank.open.clear()
-    slots = Slots(2, bank.load)
+    slots = bank.slots(1)
     first, second = (asyncio.ensure_future(use(slots, "a")) for _ in range(2))
     await settle()
     first.cancel()
@@ -213,7 +228,7 @@ async def test_a_load_that_everybody_left_still_ends_and_holds_up_nobody(
     bank: Bank, settle: Settle
 ) -> None:
     bank.open.clear()
-    slots = Slots(2, bank.load)
+    slots = bank.slots(1)
     left = asyncio.ensure_future(use(slots, "a"))
     await settle()
     waits = asyncio.ensure_future(use(slots, "b"))
@@ -229,7 +244,7 @@ async def test_a_freshly_loaded_version_stays_until_its_waiter_has_it(
     bank: Bank, settle: Settle
 ) -> None:
     """Several versions fight for one slot: each must be had by its own waiter once loaded."""
-    slots = Slots(2, bank.load)
+    slots = bank.slots(1)
     bank.open.clear()
     calls = [Holder(slots, version) for version in "abcd"]
     await settle()
@@ -250,19 +265,29 @@ async def test_no_slot_is_given_twice_under_random_stress(seed: int) -> None:
     writing: set[int] = set()
     done = 0
 
-    async def load(version: str, slot: int) -> None:
+    async def fetch(version: str) -> str:
+        for _ in range(chance.randrange(3)):
+            await asyncio.sleep(0)
+        return version
+
+    async def write(slot: int, version: str, gone: Sequence[int]) -> None:
+        for left in gone:
+            rows.pop(left, None)
         assert slot not in writing
         assert not readers.get(slot), f"slot {slot} was overwritten while {readers[slot]} read it"
         writing.add(slot)
-        rows[slot] = "half"
+        rows[slot] = version
+        assert sum(map(len, rows.values())) <= 12, "more pages are given than there are"
+        rows[slot] = "½" * len(version)
         for _ in range(chance.randrange(4)):
             await asyncio.sleep(0)
         writing.discard(slot)
         if chance.random() < 0.1:
+            del rows[slot]
             raise ValueError("broken")
         rows[slot] = version
 
-    slots = Slots(5, load)
+    slots = Slots(num_pages=12, max_slots=4, fetch=fetch, size=len, write=write)
 
     async def call(version: str) -> None:
         nonlocal done
@@ -280,7 +305,8 @@ async def test_no_slot_is_given_twice_under_random_stress(seed: int) -> None:
 
     calls = []
     for _ in range(800):
-        calls.append(asyncio.ensure_future(call(f"v{chance.randrange(12)}")))
+        number = chance.randrange(12)
+        calls.append(asyncio.ensure_future(call(chr(97 + number) * (1 + number % 7))))
         if chance.random() < 0.15:
             asyncio.get_running_loop().call_soon(chance.choice(calls).cancel)
         if chance.random() < 0.3:
@@ -299,7 +325,6 @@ async def test_no_slot_is_given_twice_under_random_stress(seed: int) -> None:
     seats = slots.resident.values()
     assert len(set(seats)) == len(seats) <= 4
     # Nothing leaked: every slot can still be had.
-    rows.clear()
     left = set()
     for version in "abcdefghijklmnopqrst":
         try:
@@ -307,3 +332,83 @@ async def test_no_slot_is_given_twice_under_random_stress(seed: int) -> None:
         except ValueError:
             continue
     assert left == {1, 2, 3, 4}
+
+
+async def test_a_newcomer_is_in_ram_before_anybody_leaves(bank: Bank) -> None:
+    slots = bank.slots(2)
+    await use(slots, "a")
+    await use(slots, "b")
+    bank.absent.add("c")
+    with pytest.raises(LookupError, match="c is absent"):
+        await use(slots, "c")
+    assert set(slots.resident) == {"a", "b"}
+    assert bank.loads == ["a", "b"]
+
+
+async def test_as_many_stay_as_the_pages_hold_and_as_many_leave_as_a_newcomer_needs(
+    bank: Bank,
+) -> None:
+    slots = bank.slots(num_pages=10)
+    for version in ("a", "bb", "ccc", "dddd"):
+        await use(slots, version)
+    assert len(slots.resident) == 4
+    await use(slots, "eee")
+    assert set(slots.resident) == {"dddd", "eee", "ccc"}
+    assert set(bank.rows.values()) == {"dddd", "eee", "ccc"}
+    await use(slots, "f" * 10)
+    assert set(bank.rows.values()) == {"f" * 10}
+
+
+async def test_a_large_newcomer_is_not_kept_out_by_small_ones(bank: Bank, settle: Settle) -> None:
+    slots = bank.slots(num_pages=4)
+    held = [Holder(slots, version) for version in "abcd"]
+    await settle()
+    large = Holder(slots, "eeee")
+    await settle()
+    small = [Holder(slots, version) for version in "fghi"]
+    await settle()
+    for holder in held:
+        assert large.slot is None
+        await holder.leave()
+        await settle()
+    assert large.slot is not None
+    await large.leave()
+    for holder in small:
+        await holder.leave()
+
+
+async def test_what_is_kept_never_leaves_until_it_is_let_go(bank: Bank) -> None:
+    slots = bank.slots(num_pages=3)
+    await slots.keep("a")
+    for version in ("b", "c", "d", "ee", "f"):
+        await use(slots, version)
+        assert "a" in slots.resident
+    slots.let_go("a")
+    await use(slots, "ggg")
+    assert set(slots.resident) == {"ggg"}
+
+
+async def test_what_has_no_room_beside_what_is_kept_is_refused_and_nobody_leaves(
+    bank: Bank,
+) -> None:
+    slots = bank.slots(num_pages=4)
+    await slots.keep("aa")
+    await use(slots, "b")
+    with pytest.raises(BankFull, match="no room for ccc beside the 1 adapters that are pinned"):
+        await use(slots, "ccc")
+    with pytest.raises(BankFull):
+        await slots.keep("ddd")
+    assert set(slots.resident) == {"aa", "b"}
+    await use(slots, "ee")
+    assert set(slots.resident) == {"aa", "ee"}
+
+
+async def test_what_cannot_be_kept_is_not(bank: Bank) -> None:
+    slots = bank.slots(1)
+    bank.absent.add("a")
+    with pytest.raises(LookupError):
+        await slots.keep("a")
+    bank.absent.clear()
+    await use(slots, "a")
+    await use(slots, "b")
+    assert set(slots.resident) == {"b"}

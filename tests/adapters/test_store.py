@@ -1,6 +1,5 @@
 import contextlib
 import hashlib
-import json
 import os
 import pickle
 import socket
@@ -173,7 +172,6 @@ def test_a_pickle_alone_is_refused_and_never_opened(
     with pytest.raises(AdapterRefused, match=r"only adapter_model\.bin, a pickle"):
         store.read("mood")
     store.tasks()
-    store.summary("mood", [])
     assert not [path for path in opened if path.endswith(".bin")]
     assert not mark.exists()
 
@@ -191,7 +189,6 @@ def test_nothing_else_of_a_training_folder_is_ever_opened(
     opened.clear()
     store.tasks()
     store.look("mood")
-    store.summary("mood", ["classifier.weight"])
     files = store.read("mood")
     assert {Path(path).name for path in opened} == set(files.contents)
     assert set(files.contents) == {"adapter_config.json", WEIGHTS, "task.json", "tokenizer.json"}
@@ -232,7 +229,6 @@ def test_a_link_out_of_the_store_is_refused_unread_until_it_is_a_copy(
         with pytest.raises(AdapterRefused) as caught:
             call("mood")
         assert f"{name or WEIGHTS} is a link to outside of the store" in str(caught.value)
-    assert store.summary("mood", ["weight"]) == ({}, {})
     assert not opened
     assert store.tasks() == ["mood"]  # so that the listing says why
     path.unlink()
@@ -287,36 +283,6 @@ def test_times_in_the_future_do_not_make_a_folder_change_at_every_look(
     assert store.look("mood") == before
 
 
-def test_a_summary_has_the_config_and_the_shapes_asked_for(write: Write, store: Store) -> None:
-    folder = write()
-    config, shapes = store.summary("mood", ["classifier.weight", "pooler.bias"])
-    assert config == json.loads((folder / "adapter_config.json").read_bytes())
-    assert shapes == {
-        "base_model.model.classifier.weight": [3, 6],
-        "base_model.model.bert.pooler.bias": [6],
-    }
-
-
-@pytest.mark.parametrize(
-    "files",
-    [
-        {"adapter_config__json": b"{"},
-        {"adapter_config__json": b"\xff\xfe"},
-        {"adapter_model__safetensors": None},
-        {"adapter_model__safetensors": b""},
-        {"adapter_model__safetensors": b"\xff" * 8},
-        {"adapter_model__safetensors": b"\2\0\0\0\0\0\0\0[]"},
-        {"adapter_model__safetensors": b'\x17\0\0\0\0\0\0\0{"classifier.weight":1}'},
-        {"adapter_config__json": b"[" * 100_000},
-    ],
-)
-def test_a_summary_of_what_cannot_be_read_is_empty(
-    write: Write, store: Store, files: dict[str, bytes | None]
-) -> None:
-    write(**files)
-    assert store.summary("mood", ["classifier.weight"]) == ({}, {})
-
-
 def test_a_file_that_goes_away_while_it_is_read_is_no_crash(
     write: Write, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,7 +314,6 @@ def test_what_is_no_file_is_refused_and_not_waited_for(
         with pytest.raises(AdapterRefused) as caught:
             call("mood")
         assert caught.value.problems == (f"{name} is a {kind}, not a file",)
-    assert store.summary("mood", ["weight"]) == ({}, {})
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS])
@@ -362,7 +327,6 @@ def test_a_file_that_becomes_a_pipe_while_it_is_read_is_not_waited_for(
     monkeypatch.setattr(store, "look", lambda task: look)  # it was a file a moment ago
     with pytest.raises(AdapterIncomplete, match="it is no file"):
         store.read("mood")
-    assert store.summary("mood", ["weight"]) == ({}, {})
 
 
 def test_a_file_that_grows_while_it_is_read_is_not_read_without_end(
@@ -383,12 +347,6 @@ def test_a_file_that_grows_while_it_is_read_is_not_read_without_end(
     monkeypatch.setattr(store, "look", look_and_grow)
     with pytest.raises(AdapterIncomplete, match="changed while it was read"):
         store.read("mood")
-
-
-def test_a_summary_opens_no_config_of_absurd_size(write: Write, store: Store) -> None:
-    with (write() / "adapter_config.json").open("ab") as file:
-        file.truncate(2**35)
-    assert store.summary("mood", ["weight"]) == ({}, {})
 
 
 def test_weights_that_declare_an_absurd_size_are_refused(write: Write, store: Store) -> None:

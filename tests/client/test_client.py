@@ -78,6 +78,13 @@ def test_tasks_returns_the_list() -> None:
     assert server.request.content == b""
 
 
+def test_tasks_asks_for_one_page_after_the_other() -> None:
+    pages = iter([{"tasks": [{"task": "a"}], "next": "a"}, {"tasks": [{"task": "b"}]}])
+    server = Server(lambda: httpx2.Response(200, json=next(pages)))
+    assert client_of(server).tasks() == [{"task": "a"}, {"task": "b"}]
+    assert [request.url.query for request in server.requests] == [b"", b"after=a"]
+
+
 def test_task_returns_the_one() -> None:
     server = serving(json={"name": "spam"})
     assert client_of(server).task("spam") == {"name": "spam"}

@@ -49,7 +49,7 @@ def example_engine(example_base: str, example_store: Store) -> Callable[[str], E
 
     @cache
     def make(quantization: str) -> Engine:
-        engine = Engine(example_base, quantization=quantization, device="cpu", adapter_slots=4)
+        engine = Engine(example_base, quantization=quantization, device="cpu")
         for slot, task in enumerate(example_store.tasks(), start=1):
             engine.write(slot, engine.read(example_store.read(task)))
         return engine
@@ -147,7 +147,7 @@ def base_linears() -> Callable[[Engine], dict[str, nn.Linear]]:
     def find(engine: Engine) -> dict[str, nn.Linear]:
         model = engine.encoder.model
         found = {path: model.get_submodule(path) for path in engine.encoder.geometry.linears}
-        return {p: m.linear if isinstance(m, LinearSite) else m for p, m in found.items()}
+        return {p: m.module if isinstance(m, LinearSite) else m for p, m in found.items()}
 
     return find
 

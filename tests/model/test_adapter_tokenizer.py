@@ -89,7 +89,7 @@ def test_another_tokenizer_is_refused(
 def test_a_base_without_a_tokenizer_compares_none(
     tiny_base: str, make_adapter: Callable[..., PeftModel], tmp_path: Path
 ) -> None:
-    engine = Engine(tiny_base, quantization="none", device="cpu", adapter_slots=1)
+    engine = Engine(tiny_base, quantization="none", device="cpu")
     assert engine.geometry.tokenizer is None
     make_adapter(tmp_path / "task", tiny_base, 2)
     (tmp_path / "task" / "tokenizer.json").write_text('{"model": {"type": "odd"}}')

@@ -39,9 +39,7 @@ def test_bf16_costs_no_more_than_in_peft(base: Base, tmp_path: Path) -> None:
         for length in (3, 40, 17, 8, 29, 12, 33, 21)
     ]
     exact, theirs = (peft(folder, tmp_path, inputs, dtype) for dtype in (None, torch.bfloat16))
-    engine = Engine(
-        folder, quantization="none", device="cpu", adapter_slots=1, dtype=torch.bfloat16
-    )
+    engine = Engine(folder, quantization="none", device="cpu", dtype=torch.bfloat16)
     engine.write(1, engine.read(Store(tmp_path / "store").read("task")))
     with torch.inference_mode():
         ours = engine.logits([Row(1, Tokens(ids)) for ids in inputs])

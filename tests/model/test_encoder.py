@@ -37,7 +37,7 @@ SaveBase = Callable[..., str]
 
 
 def load(base: str) -> Engine:
-    return Engine(base, quantization="none", device="cpu", adapter_slots=2, max_labels=5)
+    return Engine(base, quantization="none", device="cpu")
 
 
 @pytest.mark.parametrize("name", ["no-such-folder", "/no/such/folder", "./no/such", "a/b/c"])

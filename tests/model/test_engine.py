@@ -6,6 +6,7 @@ import torch
 from peft import PeftModel
 
 from adapters.store import Store
+from deployments.model.encoder import default_dtype
 from deployments.model.engine import BadRow, Engine
 from deployments.rows import Prediction, Row, Tokens
 
@@ -17,7 +18,7 @@ def engine(
     tiny_base: str, make_adapter: Callable[..., PeftModel], tmp_path_factory: pytest.TempPathFactory
 ) -> Engine:
     """Slot 2 holds an adapter, slots 1 and 3 hold none."""
-    engine = Engine(tiny_base, quantization="int8", device="cpu", adapter_slots=3)
+    engine = Engine(tiny_base, quantization="int8", device="cpu")
     store = Store(tmp_path_factory.mktemp("store"))
     make_adapter(store.root / "task", tiny_base, 3)
     engine.write(2, engine.read(store.read("task")))
@@ -61,7 +62,7 @@ def test_gradients_flow_from_the_logits_to_the_embeddings(
     make_adapter: Callable[..., PeftModel],
     tmp_path: Path,
 ) -> None:
-    engine = Engine(tiny_base, quantization=quantization, device="cpu", adapter_slots=1)
+    engine = Engine(tiny_base, quantization=quantization, device="cpu")
     make_adapter(tmp_path / "task", tiny_base, 3)
     engine.write(1, engine.read(Store(tmp_path).read("task")))
     row = Row(1, Tokens([5, 6, 7]))
@@ -86,3 +87,15 @@ def test_a_gpu_that_is_not_there_is_said(tiny_base: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device=cuda, but torch sees no GPU here"):
         Engine(tiny_base, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((12, 0), torch.bfloat16)],
+)
+def test_a_gpu_computes_in_what_its_hardware_has(
+    capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert default_dtype(torch.device("cuda")) == dtype
+    assert default_dtype(torch.device("cpu")) == torch.float32

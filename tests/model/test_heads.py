@@ -24,10 +24,7 @@ from transformers import (
 
 from adapters.errors import AdapterRefused
 from adapters.store import WEIGHTS, Store
-from deployments.base import BaseName, BaseUnavailable
-from deployments.config import Args
 from deployments.model.engine import Engine
-from deployments.model.sizing import choose_sizes
 from deployments.rows import Prediction, Row, Tokens
 
 NUM_LABELS = 3  # of the heads that the bases bring
@@ -62,7 +59,7 @@ def make(folder: Path, base: str, num_labels: int = NUM_LABELS, **config: object
 
 
 def load(base: str, **kwargs: object) -> Engine:
-    return Engine(base, quantization="none", device="cpu", adapter_slots=3, **kwargs)
+    return Engine(base, quantization="none", device="cpu", **kwargs)
 
 
 def answer(engine: Engine, slot: int, ids: list[int]) -> torch.Tensor:
@@ -154,11 +151,7 @@ def test_a_pooler_that_an_adapter_brings_is_its_own(tiny_base: str, tmp_path: Pa
                 task_type=TaskType.SEQ_CLS),
     }  # fmt: skip
     store = Store(tmp_path)
-    with pytest.raises(
-        AdapterRefused, match=r"pooler\.dense is not served whole; add it to saved_"
-    ):
-        load(tiny_base).read(store.read("pooler"))
-    engine = load(tiny_base, saved_modules=["pooler"])
+    engine = load(tiny_base)
     for slot, task in enumerate(("pooler", "plain", "adapted"), start=1):
         engine.write(slot, engine.read(store.read(task)))
     for slot, peft in pefts.items():
@@ -178,10 +171,7 @@ def test_modules_of_the_encoder_may_be_an_adapter_s_own_beside_one_that_has_none
         2: make(tmp_path / "plain", tiny_base, **seq),
     }
     store = Store(tmp_path)
-    args = Args(base_model=tiny_base, adapter_store=str(tmp_path))
-    sizes = choose_sizes(args, BaseName.parse(tiny_base), store, dtype)
-    assert sizes.saved_modules
-    engine = load(tiny_base, saved_modules=sizes.saved_modules, dtype=dtype)
+    engine = load(tiny_base, dtype=dtype)
     for slot, task in enumerate(("own", "plain"), start=1):
         engine.write(slot, engine.read(store.read(task)))
     rows = [Row(slot, Tokens(ids)) for ids in INPUTS for slot in pefts]
@@ -203,8 +193,6 @@ def test_what_cannot_be_brought_whole_is_refused_by_name(
          modules_to_save=["mlp.c_proj"], fan_in_fan_out=True)  # fmt: skip
     with pytest.raises(AdapterRefused, match=r"mlp\.c_proj is brought whole, as only linears and"):
         load(gpt2).read(Store(tmp_path).read("conv"))
-    with pytest.raises(BaseUnavailable, match=r"saved_modules='.*c_proj' is a Conv1D; only"):
-        load(gpt2, saved_modules=["mlp.c_proj"])
     llama = save_base(LlamaModel, LlamaConfig(**small, **LLAMA))
     make(tmp_path / "norm", llama, task_type=TaskType.SEQ_CLS, target_modules=["q_proj"],
          modules_to_save=["norm"])  # fmt: skip

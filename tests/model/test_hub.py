@@ -21,7 +21,7 @@ from deployments.base import BaseName, BaseUnavailable
 from deployments.model.engine import Engine
 for base in sys.argv[1:]:
     try:
-        engine = Engine(base, quantization="none", adapter_slots=1)
+        engine = Engine(base, quantization="none")
         print("loaded", engine.encoder.geometry.base_id, engine.encoder.sha256)
     except BaseUnavailable as error:
         print("refused", error)

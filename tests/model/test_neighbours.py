@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from deployments.model.engine import Engine
 from deployments.rows import Row
 
 QUANTIZED = ("int8", "nf4")
 LOUDER = 20.0
+MAX_LABELS = 6
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,8 @@ def mixed_rows(heldout: dict[str, list[Row]]) -> list[Row]:
 
 def logits_of(engine: Engine, rows: Sequence[Row], width: int | None = None) -> torch.Tensor:
     with torch.inference_mode():
-        return engine.logits(rows, width)
+        logits = engine.logits(rows, width)
+    return functional.pad(logits, (0, MAX_LABELS - logits.shape[1]))
 
 
 def test_unquantised_a_row_is_answered_as_alone_at_any_padding(

@@ -14,6 +14,11 @@ PLANNERS = st.builds(
 )
 
 
+def distance(length: int, oldest: int) -> int:
+    """How far a length is from the oldest row's: what is longer, twice as far."""
+    return 2 * (length - oldest) if length > oldest else oldest - length
+
+
 def fits(planner: Planner, lengths: list[int]) -> bool:
     """Whether rows of these lengths may go through one forward."""
     longest, shortest = max(lengths), max(min(lengths), planner.short_tokens)
@@ -52,11 +57,11 @@ def test_nearer_lengths_go_first_and_only_what_would_not_fit_stays(
     """For every row: with all nearer ones that were picked, it fits if and only if it is picked."""
     picked = set(planner.pick(lengths))
 
-    def distance(index: int) -> tuple[int, int]:
-        return abs(lengths[index] - lengths[0]), index
+    def rank(index: int) -> tuple[int, int]:
+        return distance(lengths[index], lengths[0]), index
 
     for index in range(1, len(lengths)):
-        nearer = [other for other in picked if distance(other) < distance(index)]
+        nearer = [other for other in picked if rank(other) < rank(index)]
         batch = [lengths[0], *(lengths[other] for other in nearer if other), lengths[index]]
         assert fits(planner, batch) == (index in picked), (index, picked)
 
@@ -66,8 +71,8 @@ def test_with_room_for_some_the_nearest_are_taken(lengths: list[int], max_rows: 
     planner = Planner(max_rows, max_tokens=10**9, max_stretch=1e9)
     picked = planner.pick(lengths)
     assert len(picked) == min(max_rows, len(lengths))
-    far = sorted(abs(length - lengths[0]) for length in lengths)
-    assert sorted(abs(lengths[index] - lengths[0]) for index in picked) == far[: len(picked)]
+    far = sorted(distance(length, lengths[0]) for length in lengths)
+    assert sorted(distance(lengths[index], lengths[0]) for index in picked) == far[: len(picked)]
 
 
 def test_a_row_over_the_token_budget_runs_alone() -> None:
@@ -95,3 +100,8 @@ def test_padding_more_than_doubles_no_row(lengths: list[int], picked: list[int])
 
 def test_equal_lengths_go_in_the_order_they_came() -> None:
     assert Planner(max_rows=3, max_tokens=10**9).pick([7, 9, 7, 9, 7, 7]) == [0, 2, 4]
+
+
+def test_a_shorter_row_goes_before_one_that_is_longer_by_as_much() -> None:
+    assert Planner(max_rows=2, max_tokens=10**9).pick([20, 22, 17, 21]) == [0, 3]
+    assert Planner(max_rows=2, max_tokens=10**9).pick([20, 22, 17]) == [0, 2]

@@ -76,9 +76,6 @@ def engine(tiny_base: str) -> Engine:
         tiny_base,
         quantization="none",
         device="cpu",
-        adapter_slots=NUM_SLOTS,
-        max_lora_rank=16,
-        max_labels=MAX_LABELS,
     )
 
 

@@ -1,3 +1,4 @@
+import logging
 from collections.abc import Callable
 
 import bitsandbytes
@@ -9,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from deployments.model.engine import Engine
 from deployments.model.int8 import Int8Linear, int8_is_exact
-from deployments.model.quantize import choose, quantize
+from deployments.model.quantize import _bitsandbytes, choose, quantize
 from deployments.model.sites import HeadSite
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -133,14 +134,13 @@ def test_the_engine_quantises_its_base_and_never_its_head(
     tiny_base: str,
     base_linears: Callable[[Engine], dict[str, nn.Linear]],
 ) -> None:
-    engine = Engine(tiny_base, quantization=quantization, device="cpu", adapter_slots=1)
+    engine = Engine(tiny_base, quantization=quantization, device="cpu")
     linears = base_linears(engine)
     assert engine.quantization == quantization
     assert len(linears) == 2 * 6 + 1
     assert {type(linear) for linear in linears.values()} == {CLASSES[quantization]}
     head = engine.encoder.model.get_submodule("classifier")
     assert type(head) is HeadSite
-    assert head.weight.dtype == torch.float32
 
 
 def saturating(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -188,3 +188,24 @@ def test_auto_fits_the_device_and_what_is_asked_for_is_taken(
 def test_an_unknown_quantisation_is_named_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="quantization='fp8' is not one of auto, none, int8, nf4"):
         choose("fp8", CPU)
+
+
+def test_int8_of_bitsandbytes_does_not_log_at_every_product_in_bf16(
+    linear: nn.Linear, caplog: pytest.LogCaptureFixture
+) -> None:
+    casts = logging.getLogger("bitsandbytes.autograd._functions")
+    for filtered in list(casts.filters):
+        casts.removeFilter(filtered)
+    x = torch.ones(2, 96, dtype=torch.bfloat16)
+    for made, said in ((0, 1), (1, 0), (2, 0)):
+        int8 = bitsandbytes.nn.Linear8bitLt(96, 40, has_fp16_weights=False)
+        if made:
+            int8 = _bitsandbytes(linear.to(torch.bfloat16), "int8", CPU)
+        caplog.clear()
+        int8.eval()(x)
+        casts.warning("another")
+        assert [r.message.split(":")[0] for r in caplog.records] == [
+            *["MatMul8bitLt"] * said,
+            "another",
+        ]
+    assert len(casts.filters) == 1

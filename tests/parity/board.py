@@ -19,7 +19,6 @@ from tests.parity.bases import FIRST_PLAIN_ID, VOCAB, Base
 
 LENGTHS = (1, 5, 12, 23)
 WIDTHS = (max(LENGTHS), 39)  # tight, and wider by what is no multiple of a vector register
-MAX_LABELS = 6
 
 Inputs = dict[str, list[torch.Tensor]]
 
@@ -32,7 +31,7 @@ class Board:
         slots: Slot of each adapter that it took.
         refused: What it said to each of the others.
         rows: The mixed batch, the adapters taking turns.
-        answers: Width -> logits of each row, [max_labels] or [tokens, max_labels], and the inputs
+        answers: Width -> logits of each row, [labels] or [tokens, labels], and the inputs
             of every quantised linear.
     """
 
@@ -66,25 +65,6 @@ class Board:
         return [i for i, row in enumerate(self.rows) if row.slot == self.slots[task]]
 
 
-def open_engine(base: Base, folder: str, quantization: str, opened: bool, slots: int) -> Engine:
-    """An engine of a base; opened, it also serves adapters of its embedding and pooler."""
-    targets = saved = None
-    if opened:
-        model = Engine(folder, quantization="none", device="cpu", adapter_slots=1).encoder.model
-        names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
-        targets, saved = [*names - {""}], ["pooler"]
-    return Engine(
-        folder,
-        quantization=quantization,
-        device="cpu",
-        adapter_slots=slots,
-        max_lora_rank=16,
-        max_labels=MAX_LABELS,
-        lora_targets=targets,
-        saved_modules=saved or (),
-    )
-
-
 def rows_of(base: Base, task: str, slot: int) -> list[Row]:
     """Rows of several lengths for an adapter, the same at every call; some are pairs."""
     dice = random.Random(task)
@@ -100,7 +80,7 @@ def ask(engine: Engine, rows: Sequence[Row], width: int) -> list[torch.Tensor]:
     """The logits of each row of a mixed batch, whose rows may be of texts or of their tokens."""
     with torch.inference_mode():
         parts = [iter(part if part is not None else ()) for part in engine.forward(rows, width)]
-    return [next(parts[engine._of_tokens[row.slot]]) for row in rows]
+    return [next(parts[engine._of_tokens(row)]) for row in rows]
 
 
 def quantized(engine: Engine) -> dict[str, nn.Module]:

@@ -6,8 +6,9 @@ import torch
 from transformers.utils import logging
 
 from adapters.store import Store
+from deployments.model.engine import Engine
 from tests.parity.bases import Base
-from tests.parity.board import Board, open_engine
+from tests.parity.board import Board
 from tests.parity.cells import CELLS, Cell
 from tests.parity.making import Made, make
 from tests.parity.report import Report
@@ -70,23 +71,22 @@ def board_of(
     asked = {i.callspec.params.get("cell") for i in request.session.items if hasattr(i, "callspec")}
 
     @lru_cache(maxsize=4)  # those of one base and quantisation
-    def play(base: Base, quantization: str, form: str, opened: bool) -> Board | Exception:
+    def play(base: Base, quantization: str, form: str) -> Board | Exception:
         cells = [c for c in CELLS if (c.base, c.quantization) == (base, quantization)]
         cells = [cell for cell in cells if cell.variant.form == form]
-        chosen = [cell for cell in cells if cell in asked and cell.variant.opened == opened]
+        chosen = [cell for cell in cells if cell in asked]
         spare = [cell for cell in cells if cell not in chosen and cell.is_right]
-        spare.sort(key=lambda cell: cell.variant.opened != opened)
         missing = max(0, FEWEST - sum(cell.is_right for cell in chosen))
         variants = [cell.variant for cell in (*chosen, *spare[:missing])]
         tasks = [v.name for v in variants if isinstance(made(base, v), Made)]
         try:
-            engine = open_engine(base, base_folder(base, form), quantization, opened, len(tasks))
+            engine = Engine(base_folder(base, form), quantization=quantization, device="cpu")
             return Board.play(base, engine, store_of(base), tasks)
         except Exception as error:  # kept, or each of its cells would wait for it anew
             return error
 
     def board(cell: Cell) -> Board:
-        played = play(cell.base, cell.quantization, cell.variant.form, cell.variant.opened)
+        played = play(cell.base, cell.quantization, cell.variant.form)
         if isinstance(played, Exception):
             raise played
         return played

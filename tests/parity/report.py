@@ -29,9 +29,8 @@ shape. An asterisk: an int8 value on the boundary between two rounded the other 
 with the engine's inputs, at which it had arrived by itself but for rounding. A dash: it means
 nothing there.
 
-`trained-…` is on a base that has a classifier already, `opened-…` on an engine that was told to
-serve embeddings and poolers (`lora_targets`, `saved_modules`), `token-…` labels each token, in the
-same batch as the others.
+`trained-…` is on a base that has a classifier already, `token-…` labels each token, in the same
+batch as the others.
 """
 
 

@@ -14,7 +14,7 @@ import torch
 
 from deployments.rows import Row
 from tests.parity.bases import Base
-from tests.parity.board import MAX_LABELS, WIDTHS, Board
+from tests.parity.board import WIDTHS, Board
 from tests.parity.cells import CELLS, Cell, is_covering
 from tests.parity.conftest import FEWEST
 from tests.parity.expectations import PeftCannot, Refused
@@ -93,7 +93,7 @@ def largest_error(
 ) -> float:
     errors = []
     for row, ours, theirs in zip(rows, got, want, strict=True):
-        assert ours.shape[-1] == MAX_LABELS
+        assert ours.shape[-1] >= num_labels
         assert theirs.shape[-1] == num_labels
         assert not ours[..., num_labels:].any()
         if ours.ndim == 2:  # padding has no answer

@@ -29,8 +29,6 @@ class Variant:
         only: Says for which bases it means anything.
         convert: Whether it is saved as a difference from how it was initialised.
         claims: Written over what PEFT wrote into adapter_config.json.
-        opened: Whether the engine is told to serve embeddings and poolers, as it does where an
-            adapter that has them is in the store at its start.
     """
 
     name: str
@@ -41,7 +39,6 @@ class Variant:
     only: Callable[[Base], bool] = lambda base: True
     convert: bool = False
     claims: dict[str, Any] = field(default_factory=dict, hash=False)
-    opened: bool = False
 
     @property
     def of_tokens(self) -> bool:
@@ -131,24 +128,21 @@ def _headless(base: Base) -> Expectation | None:
     return Refused("no head weights") if left else None
 
 
-def _closed(base: Base) -> Expectation | None:
-    """A pooler that the checkpoint brings is the encoder's, and is served where that is said."""
-    inside = base.pooler is not None and base.pooler in base.head
-    return Refused("add it to saved_modules") if inside else None
-
-
 def _no_olora(base: Base) -> Expectation | None:
     # It takes a Conv1D's weight for a linear's, so that A and B have each other's shape.
     return PeftCannot("size mismatch") if base.conv1d else None
 
 
+def _whole_linear(base: Base) -> dict[str, Any]:
+    return {"modules_to_save": [*(_saved(base, "SEQ_CLS") or ()), base.ffn_out]}
+
+
+def _no_whole_conv1d(base: Base) -> Expectation | None:
+    return Refused("brought whole, as only linears and") if base.conv1d else None
+
+
 def _has_pooler(base: Base) -> bool:
     return base.pooler is not None
-
-
-def _is_pooled(base: Base) -> bool:
-    """Tell whether the bare checkpoint brings the pooler that the head reads."""
-    return base.pooler is not None and base.pooler not in base.head
 
 
 ALL_LINEAR = {"target_modules": "all-linear"}
@@ -187,7 +181,7 @@ IA3S = (
     Variant("ia3-ffn-as-output", ia3("ffn", "ffn_out")),
 )
 TRAINED = (
-    Variant("trained-head", lora(), "trained", unlike=_closed),
+    Variant("trained-head", lora(), "trained"),
     Variant("trained-no-head", lora(task=None), "trained"),
     Variant("trained-all-linear", lora(task=None, **ALL_LINEAR), "trained"),
     Variant("trained-lora-on-head", lora(also("logits"), task=None), "trained"),
@@ -198,20 +192,19 @@ TRAINED = (
     Variant("trained-bias-all", lora(task=None, bias="all"), "trained"),
     Variant("trained-dora", lora(task=None, use_dora=True), "trained"),
 )
-OPENED = (
-    Variant("opened-embedding", lora(also("embedding")), opened=True),
-    Variant("opened-embedding-rslora", lora(also("embedding"), use_rslora=True), opened=True),
+BEYOND = (
+    Variant("embedding", lora(also("embedding"))),
+    Variant("embedding-rslora", lora(also("embedding"), use_rslora=True)),
     Variant(
-        "opened-embedding-dora",
+        "embedding-dora",
         lora(also("embedding"), use_dora=True),
-        opened=True,
         want=Refused("only LoRA is served"),
     ),
-    Variant("opened-pooler", lora(**POOLER), opened=True, only=_has_pooler),
-    Variant("opened-pooler-dora", lora(use_dora=True, **POOLER), opened=True, only=_has_pooler),
-    Variant("opened-bias-all", lora(also("embedding"), bias="all"), opened=True),
-    Variant("embedding", lora(also("embedding")), want=Refused("add it to lora_targets")),
-    Variant("pooler", lora(**POOLER), want=Refused("add it to saved_modules"), only=_is_pooled),
+    Variant("embedding-bias-all", lora(also("embedding"), bias="all")),
+    Variant("pooler", lora(**POOLER), only=_has_pooler),
+    Variant("pooler-dora", lora(use_dora=True, **POOLER), only=_has_pooler),
+    Variant("whole-linear", lora(_whole_linear), unlike=_no_whole_conv1d),
+    Variant("whole-linear-dora", lora(_whole_linear, use_dora=True), unlike=_no_whole_conv1d),
 )
 TOKENS = (
     Variant("token-lora", lora(task="TOKEN_CLS")),
@@ -247,4 +240,4 @@ OTHERS = tuple(
     Variant(method.name, method.config, want=method.want, unlike=method.unlike)
     for method in METHODS
 )
-VARIANTS = (*LORAS, *DORAS, *IA3S, *TRAINED, *OPENED, *TOKENS, *INITS, *OTHERS)
+VARIANTS = (*LORAS, *DORAS, *IA3S, *TRAINED, *BEYOND, *TOKENS, *INITS, *OTHERS)

@@ -190,7 +190,7 @@ def assert_the_handle_answers(server: Server, run_example: Any) -> None:
 def store(examples: Path, make_adapter: Any, tmp_path: Path) -> Path:
     """A copy of the examples' store and an adapter over the geometry that the tests configure."""
     shutil.copytree(examples, tmp_path / "store")
-    make_adapter(tmp_path / "store" / "large", rank=9, labels=7, targets=("key",))
+    make_adapter(tmp_path / "store" / "large", rank=64, labels=7, targets=("query", "key"))
     return tmp_path / "store"
 
 
@@ -200,8 +200,7 @@ def test_serve_run_takes_typed_arguments_and_ends_with_ctrl_c(
     server.start(
         "-c", SERVE_RUN, str(server.port), "run", "deployments.app:build", "--name", "onebase",
         "base_model=examples/base", f"adapter_store={store}", "quantization=none",
-        "adapter_slots=3", "max_lora_rank=8", "max_labels=6", "max_bank_gib=0.5",
-        "lora_targets=query,value,key,intermediate.dense,attention.output.dense,output.dense,pooler.dense",
+        "adapter_slots=3", "bank_gib=0.002",
     )  # fmt: skip
     server.wait_until(server.answers)
     assert len({process.split()[-1] for process in server.processes().values()}) > 5
@@ -211,8 +210,7 @@ def test_serve_run_takes_typed_arguments_and_ends_with_ctrl_c(
         assert list(result["probabilities"].values()) == pytest.approx(expected, abs=1e-4)
     refused = httpx2.get(f"{server.url}/v1/tasks/large")
     assert refused.status_code == 503
-    assert "rank 9 is over max_lora_rank=8" in refused.json()["detail"]
-    assert "7 labels are over max_labels=6" in refused.json()["detail"]
+    assert "MiB and the bank has 2.0; raise bank_gib" in refused.json()["detail"]
     assert_the_handle_answers(server, run_example)
     taken_s = server.stop(signal.SIGINT, as_terminal=True)
     assert taken_s < STOP_S, server.log.read_text()

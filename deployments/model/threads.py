@@ -1,0 +1,43 @@
+"""How many threads a forward has: the CPUs that are really this replica's. See docs/adr/0005."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+from deployments.config import Args
+
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def forward_threads(args: Args, num_nodes: int) -> int:
+    """Return the threads of a replica's forward: `num_cpus`, else its share of all CPUs but one.
+
+    That one is the event loops' and the tokeniser's: threads of a forward wait for each other in
+    every operation, and so for whichever of them lost its CPU.
+
+    Args:
+        args: The configuration, `device` decided.
+        num_nodes: Nodes that replicas are spread over.
+    """
+    if args.num_cpus is not None:
+        return args.num_cpus
+    if args.device == "cuda":  # what is left to the CPU there is one thread's work
+        return count_cpus()
+    replicas = args.num_replicas or args.max_replicas or 1
+    return max(1, (count_cpus() - 1) // math.ceil(replicas / max(1, num_nodes)))
+
+
+def count_cpus(quota: Path = _QUOTA) -> int:
+    """Return the CPUs that this process may use, by affinity and by its container's quota.
+
+    torch sees the whole machine in a container that may use four CPUs of it, and its threads then
+    wait for each other's turn in every operation.
+    """
+    cpus = len(os.sched_getaffinity(0))
+    try:
+        most, period = quota.read_text().split()
+    except (OSError, ValueError):  # no cgroup of version 2 here
+        return cpus
+    return cpus if most == "max" else min(cpus, max(1, int(most) // int(period)))

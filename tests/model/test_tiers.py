@@ -1,0 +1,230 @@
+"""The deployment's class without Serve: what it reads, what it keeps in RAM, what it remembers."""
+
+import asyncio
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftModel
+
+from adapters.errors import AdapterChanged, AdapterIncomplete, AdapterRefused, TaskNotFound
+from adapters.store import WEIGHTS, Files, Store
+from deployments.config import Args
+from deployments.model import deployment
+from deployments.model.deployment import Model
+
+Make = Callable[..., PeftModel]
+ROW = [([5, 6, 7], None)]
+
+
+class Counting(Store):
+    """A store that counts what it reads."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.reads: list[str] = []
+
+    def read(self, task: str) -> Files:
+        self.reads.append(task)
+        return super().read(task)
+
+
+@pytest.fixture(scope="module")
+def base(example_base: str, tiny_base: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny base with a tokenizer beside it, as the deployment needs one."""
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    shutil.copytree(tiny_base, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
+        shutil.copy(Path(example_base) / name, folder)
+    return str(folder)
+
+
+@pytest.fixture
+def store(base: str, make_adapter: Make, tmp_path: Path) -> Counting:
+    for seed, task in enumerate(("mood", "spam", "topic")):
+        make_adapter(tmp_path / "store" / task, base, num_labels=2, seed=seed)
+    return Counting(tmp_path / "store")
+
+
+async def start(base: str, store: Counting, **given: Any) -> Model:
+    model = object.__new__(Model)
+    await model.__init__(  # type: ignore[misc]
+        Args(base_model=base, adapter_store=str(store.root), device="cpu", num_cpus=1, **given)
+    )
+    model.store = store
+    return model
+
+
+@pytest.fixture
+async def model(base: str, store: Counting) -> AsyncIterator[Model]:
+    return await start(base, store)
+
+
+async def ask(model: Model, task: str, version: str) -> list[float]:
+    [scores] = await model.predict(task, version, "single_label_classification", ROW)
+    assert isinstance(scores, list)
+    return scores  # type: ignore[return-value]
+
+
+def break_(store: Store, task: str, **keys: Any) -> None:
+    path = store.root / task / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+async def test_a_described_task_is_answered_without_another_read(
+    model: Model, store: Counting
+) -> None:
+    version = (await model.describe("mood"))["version"]
+    await ask(model, "mood", version)
+    await ask(model, "mood", version)
+    assert store.reads == ["mood"]
+
+
+async def test_a_refused_folder_is_read_once_until_it_changes(
+    model: Model, store: Counting
+) -> None:
+    break_(store, "mood", use_qalora=True)
+    for _ in range(5):
+        with pytest.raises(AdapterRefused, match="use_qalora"):
+            await model.describe("mood")
+    assert store.reads == ["mood"]
+    break_(store, "mood", use_qalora=False)
+    assert (await model.describe("mood"))["task"] == "mood"
+    assert store.reads == ["mood"] * 2
+
+
+async def test_a_refused_folder_is_tried_again_after_a_while(
+    model: Model, store: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_(store, "mood", use_qalora=True)
+    monkeypatch.setattr(model.failures, "_first_s", 0.05)
+    for _ in range(2):
+        with pytest.raises(AdapterRefused):
+            await model.describe("mood")
+    await asyncio.sleep(0.06)
+    with pytest.raises(AdapterRefused):
+        await model.describe("mood")
+    assert store.reads == ["mood"] * 2
+
+
+async def test_an_incomplete_folder_is_read_again_as_soon_as_it_grows(
+    model: Model, store: Counting
+) -> None:
+    path = store.root / "mood" / WEIGHTS
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    for _ in range(3):
+        with pytest.raises(AdapterIncomplete):
+            await model.describe("mood")
+    assert store.reads == ["mood"]
+    path.write_bytes(whole)
+    assert (await model.describe("mood"))["task"] == "mood"
+
+
+async def test_a_version_that_is_gone_is_not_read_for_with_every_request(
+    model: Model, store: Counting
+) -> None:
+    for _ in range(4):
+        with pytest.raises(AdapterChanged):
+            await ask(model, "mood", "0" * 8)
+    assert store.reads == ["mood"]
+    os.utime(store.root / "mood" / WEIGHTS, (time.time() + 5,) * 2)
+    with pytest.raises(AdapterChanged):
+        await ask(model, "mood", "0" * 8)
+    assert store.reads == ["mood"] * 2
+
+
+async def test_a_folder_that_comes_is_served_at_once(model: Model, store: Counting) -> None:
+    for _ in range(2):
+        with pytest.raises(TaskNotFound):
+            await model.describe("late")
+    shutil.copytree(store.root / "mood", store.root / "late")
+    assert (await model.describe("late"))["task"] == "late"
+
+
+async def test_what_was_prefetched_is_not_read_again(model: Model, store: Counting) -> None:
+    break_(store, "topic", use_qalora=True)
+    await model.prefetch(["mood", "topic", "absent", "spam"])
+    assert store.reads == ["mood", "topic", "spam"]
+    version = store.read("spam").version
+    store.reads.clear()
+    await ask(model, "spam", version)
+    assert store.reads == []
+
+
+async def test_a_prefetch_beside_rows_takes_its_share_of_the_time_only(
+    model: Model, store: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deployment, "_PREFETCH_SHARE", 0.001)  # of a load of milliseconds: seconds
+    version = (await model.describe("mood"))["version"]
+    asked = asyncio.ensure_future(ask(model, "mood", version))
+    await asyncio.sleep(0)
+    prefetch = asyncio.ensure_future(model.prefetch(["spam", "topic"]))
+    await asked
+    await asyncio.sleep(0.3)
+    assert store.reads == ["mood", "spam"]
+    prefetch.cancel()
+    started_s = time.perf_counter()
+    await model.prefetch(["spam", "topic"])  # and all of it where nobody waits
+    assert time.perf_counter() - started_s < 1
+    assert store.reads == ["mood", "spam", "spam", "topic"]
+
+
+async def test_pinned_tasks_are_in_slots_at_the_start_and_stay_there(
+    base: str, store: Counting
+) -> None:
+    model = await start(base, store, adapter_slots=2, pinned_tasks=("mood",))
+    version = store.read("mood").version
+    assert f"mood@{version}" in model.slots.resident
+    for task in ("spam", "topic", "spam"):
+        await ask(model, task, store.read(task).version)
+    assert f"mood@{version}" in model.slots.resident
+
+
+async def test_a_pinned_task_that_is_refused_does_not_stop_the_start(
+    base: str, store: Counting, caplog: pytest.LogCaptureFixture
+) -> None:
+    break_(store, "mood", use_qalora=True)
+    with caplog.at_level(logging.INFO, "ray.serve"):
+        model = await start(base, store, pinned_tasks=("mood", "absent", "spam"))
+    assert "pinned_tasks: 1 of 3" in caplog.text
+    assert "use_qalora" in caplog.text
+    await ask(model, "topic", store.read("topic").version)
+
+
+async def test_a_pinned_task_s_new_version_is_the_one_that_stays(
+    base: str, store: Counting, make_adapter: Make
+) -> None:
+    model = await start(base, store, adapter_slots=2, pinned_tasks=("mood",))
+    old = store.read("mood").version
+    make_adapter(store.root / "mood", base, num_labels=2, seed=9)
+    new = store.read("mood").version
+    await ask(model, "mood", new)
+    for task in ("spam", "topic", "spam"):
+        await ask(model, task, store.read(task).version)
+    assert f"mood@{new}" in model.slots.resident
+    assert f"mood@{old}" not in model.slots.resident
+
+
+async def test_a_slot_whose_write_failed_answers_nothing_and_the_replica_is_replaced(
+    model: Model, store: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await ask(model, "mood", (await model.describe("mood"))["version"])
+    bank = model.engine.encoder.bank
+
+    def fail(*_: Any) -> None:
+        raise MemoryError("no page is free")
+
+    monkeypatch.setattr(bank, "write", fail)
+    version = (await model.describe("spam"))["version"]
+    [answer] = await model.predict("spam", version, "single_label_classification", ROW)
+    assert isinstance(answer, str)
+    assert "holds no adapter" in answer
+    with pytest.raises(RuntimeError, match="device"):
+        await model.check_health()
