@@ -200,7 +200,8 @@ def in_short(rows: Sequence[dict[str, Any]]) -> str:
     return (
         f"int8 on a CPU is {by['fp32']:.1f}x as fast as torch's fp32, which is slow on this one, "
         f"{by['ONNX Runtime fp32']:.1f}x ONNX Runtime's fp32 and {by['ONNX Runtime int8']:.2f}x "
-        f"its int8; one short row alone is {alone['by_int8']['fp32']:.1f}x as fast as in torch's fp32. "
+        f"its int8; one short row alone is {alone['by_int8']['fp32']:.1f}x as fast as in torch's "
+        "fp32. "
         f"{agreed['agreed']:.1%} of the labels are fp32's."
     )
 
