@@ -190,7 +190,10 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
         changes = (moved["error"][name], *moved["effect"][name].values())
         lines.append([name, *cells, *(f"{change:.1g}" for change in changes)])
     said = f"{agreed['agreed']:.2%} of {agreed['rows']} held-out rows"
-    return table(columns, lines) + f"\n\nint8 gives the labels of fp32 for {said}.\n"
+    return (
+        f"{table(columns, lines)}\n\nint8 gives the labels of fp32 for {said}. To reach: 2.0x fp32 "
+        "and 1.25x ONNX Runtime int8 with many rows, 1.0x fp32 with one; 1e-5; 98.5 %.\n"
+    )
 
 
 def in_short(rows: Sequence[dict[str, Any]]) -> str:
@@ -201,8 +204,7 @@ def in_short(rows: Sequence[dict[str, Any]]) -> str:
         f"int8 on a CPU is {by['fp32']:.1f}x as fast as torch's fp32, which is slow on this one, "
         f"{by['ONNX Runtime fp32']:.1f}x ONNX Runtime's fp32 and {by['ONNX Runtime int8']:.2f}x "
         f"its int8; one short row alone is {alone['by_int8']['fp32']:.1f}x as fast as in torch's "
-        "fp32. "
-        f"{agreed['agreed']:.1%} of the labels are fp32's."
+        f"fp32. {agreed['agreed']:.1%} of the labels are fp32's."
     )
 
 

@@ -127,9 +127,11 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
                     f"{row['of_arrival_order'][way]:.2f}",
                     f"{row['of_equal'][way]:.2f}",
                     f"{row['padded_by_real'][way]:.2f}",
+                    "2.2; 0.9" if way == "planned" else "",
                 ]
             )
     columns = ["base in", "batches", "tokens/s", "of arrival order", "of equal", "padded by real"]
+    columns.append("to reach")
     return table(columns, lines)
 
 

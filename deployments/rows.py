@@ -25,7 +25,7 @@ class Row:
     """One input with the slot that answers it.
 
     Attributes:
-        slot: Row of the bank, 1 or more.
+        slot: The slot of its adapter, 1 or more.
         tokens: What the base reads.
         problem_type: How logits become scores.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
@@ -12,6 +13,7 @@ import torch
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
+from deployments.config import GIB, ConfigError
 from deployments.model.copies import Copies
 from deployments.model.pages import Pages
 
@@ -113,9 +115,14 @@ class Bank:
         self.dtype = dtype
         self.page_bytes = 2 ** max(6, int(math.log2(width * dtype.itemsize / 2)))
         self.num_pages = num_bytes // self.page_bytes
-        self.memory = torch.empty(
-            1 + self.num_pages, self.page_bytes, dtype=torch.uint8, device=device
-        )
+        try:
+            self.memory = torch.empty(
+                1 + self.num_pages, self.page_bytes, dtype=torch.uint8, device=device
+            )
+        except RuntimeError:  # torch.OutOfMemoryError is one
+            raise ConfigError(
+                f"bank_gib={num_bytes / GIB:g} is more memory than there is on {device}; lower it"
+            ) from None
         self.memory[0] = 0
         self._copies = Copies(device)
         self._body = self.memory.view(dtype)
@@ -124,6 +131,7 @@ class Bank:
         nothing = torch.empty(0, dtype=torch.int64, device=device)
         self._seats = {0: Seat(Packing({}, 0), {}, (), nothing, nothing)}
         self._packings: WeakValueDictionary[tuple[object, ...], Packing] = WeakValueDictionary()
+        self._packings_lock = threading.Lock()
         self.runs: list[Run] = []
         self.rows: list[Seat] = []
 
@@ -159,7 +167,8 @@ class Bank:
         for name, tensor in heads.items():
             _write(pages[num_pages:][parts[name].pages].view(torch.float32), tensor)
         key = tuple((path, *((n, t.shape) for n, t in of.items())) for path, of in body.items())
-        packing = self._packings.setdefault(key, Packing(sites, num_pages))
+        with self._packings_lock:  # loads run in several threads
+            packing = self._packings.setdefault(key, Packing(sites, num_pages))
         return Packed(pages, packing, parts)
 
     def _part(self, tensor: torch.Tensor, dtype: torch.dtype, first: int) -> Part:

@@ -109,7 +109,13 @@ def available_ram() -> int:
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(lines["MemAvailable"].split()[0]) * 1024
     try:
-        limit, used = ((_CGROUP / f"memory.{name}").read_text() for name in ("max", "current"))
-    except OSError:
+        limit, used, stat = (
+            (_CGROUP / f"memory.{name}").read_text() for name in ("max", "current", "stat")
+        )
+    except OSError:  # no cgroup of version 2 here
         return available
-    return available if limit.strip() == "max" else min(available, int(limit) - int(used))
+    if limit.strip() == "max":
+        return available
+    # Files that were read count as used, and give way when memory is needed.
+    cached = next(line for line in stat.splitlines() if line.startswith("inactive_file "))
+    return min(available, int(limit) - int(used) + int(cached.split()[1]))

@@ -77,6 +77,11 @@ class LinearSite(Site):
 
     def _change(self, x: torch.Tensor, y: torch.Tensor, own: dict[str, torch.Tensor]) -> None:
         """Change y, [rows of a run, tokens, out], in place."""
+        if len(x) == 1:
+            pair = y.repeat(2, 1, 1)
+            self._change(x.expand(2, -1, -1), pair, {n: _twice(t) for n, t in own.items()})
+            y.copy_(pair[:1])
+            return
         if "weight" in own:
             y.copy_(x @ own["weight"].transpose(1, 2))
             if "bias" in own:
@@ -105,7 +110,7 @@ class EmbeddingSite(Site):
             if parts:
                 # Only the entries that are read: a row's whole A is as long as the vocabulary.
                 a = self.bank.entries(run, parts["lora_A"], ids[run.rows])
-                y[run.rows] += a @ self.bank.gather(run, parts["lora_B"])
+                y[run.rows] += _product(a, self.bank.gather(run, parts["lora_B"]))
         return y
 
 
@@ -197,7 +202,21 @@ class HeadSite(nn.Module):
     def _answer(self, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         if self.norm is not None:
             return _normed(self.norm, x) * own[:, :1] + own[:, 1:]
-        return x @ own[:, :, :-1].transpose(1, 2) + own[:, :, -1].unsqueeze(1)
+        return _product(x, own[:, :, :-1].transpose(1, 2)) + own[:, :, -1].unsqueeze(1)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Multiply [rows, tokens, in] by [rows, in, out]."""
+    return (_twice(x) @ _twice(weight))[:1] if len(x) == 1 else x @ weight
+
+
+def _twice(tensor: torch.Tensor) -> torch.Tensor:
+    """Return one row's tensor, [1, …], as that of two rows.
+
+    A batched product of one matrix takes another path than that of several, and gives other bits.
+    int8 rounding would make a step of them, and an answer would depend on its neighbours.
+    """
+    return tensor.expand(2, *tensor.shape[1:])
 
 
 def _normed(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:

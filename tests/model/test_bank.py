@@ -9,7 +9,7 @@ from torch import nn
 from adapters.store import Store
 from deployments.model.bank import Bank, Packed
 from deployments.model.engine import Engine
-from deployments.model.sites import HeadSite, LinearSite, ShiftSite, Site
+from deployments.model.sites import EmbeddingSite, HeadSite, LinearSite, ShiftSite, Site
 from deployments.rows import Row, Tokens
 
 CPU = torch.device("cpu")
@@ -174,6 +174,40 @@ def test_a_row_has_the_same_bits_in_a_batch_of_one_adapter_and_in_a_mixed_one(
             mixed = site(x)
             assert torch.equal(alike[[1, 3, 5]], mixed[[1, 3, 5]])
             assert (alike[0] - mixed[0]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("part", ["lora 1", "lora 8", "whole", "embedding"])
+def test_a_row_alone_in_its_packing_has_the_bits_that_it_has_among_others(
+    part: str, num_threads: int
+) -> None:
+    torch.manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    bank = Bank(2**22, torch.float32, width=384, device=CPU)
+    if part == "embedding":
+        site: Site = EmbeddingSite(nn.Embedding(50, 384), "l", bank)
+        own = {"lora_A": torch.randn(50, 8), "lora_B": torch.randn(8, 384)}
+    else:
+        site = LinearSite(nn.Linear(384, 384), "l", bank)
+        own = {"weight": torch.randn(384, 384), "bias": torch.randn(384)}
+    if part.startswith("lora"):
+        own = {"lora": torch.randn(int(part.split()[1]), 768)}
+    bank.write(1, bank.pack({"l": own}, {}))
+    try:
+        for num_tokens in range(1, 14):
+            x = torch.randn(4, num_tokens, 384)
+            if part == "embedding":
+                x = torch.randint(50, (4, num_tokens))
+            bank.route([1, 1, 1, 1])
+            among = site(x)[0]
+            for slots in ([1, 0, 0, 0], [1, 0, 1, 1], [1, 1, 0, 1]):
+                bank.route(slots)
+                assert torch.equal(site(x)[0], among), (num_tokens, slots)
+            bank.route([1])
+            assert (site(x[:1])[0] - among).abs().max() <= 1e-4
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_pooled_input_is_answered_as_a_single_token() -> None:
