@@ -24,7 +24,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 
 from adapters.store import Store
 from benchmarks.bases import ROOT
-from benchmarks.peers.onnx_runtime import answer, export, session
 from benchmarks.record import table
 from benchmarks.timing import in_turns, ratio
 from deployments.model.engine import Engine
@@ -51,6 +50,9 @@ def measure() -> Iterator[dict[str, Any]]:
 
 def ways(folder: Path) -> dict[str, Way]:
     """The same model four times."""
+    # Imported here: what was saved is shown without the packages that measured it.
+    from benchmarks.peers.onnx_runtime import answer, export, session
+
     files = export(bert("eager"), folder)
     threads = torch.get_num_threads()
     ours = {"fp32": bert(), "int8": bert()}
