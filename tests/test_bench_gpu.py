@@ -61,7 +61,7 @@ def test_a_batch_has_as_many_adapters_as_it_has_rows_or_as_there_are(
 ) -> None:
     seen: list[int] = []
     monkeypatch.setattr(gpu, "_run", lambda _, rows: seen.extend(row.slot for row in rows))
-    works = gpu._ours(None, torch.full((num_rows, 3), 5), Sizes(counts=(count,)))  # type: ignore[arg-type]
+    works = gpu._ours(None, torch.full((num_rows, 3), 5), Sizes(counts=(count,)))
     works[f"k={count}"]()
     assert len(set(seen)) == min(num_rows, count)
     assert set(seen) <= set(range(1, 1 + count))

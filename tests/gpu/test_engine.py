@@ -55,7 +55,7 @@ def peft_logits(
         model = AutoModelForSequenceClassification.from_pretrained(
             folder / "base", num_labels=1 + row.slot, dtype=dtype
         )
-        quantize(model, {"classifier"}, quantization, CUDA)  # type: ignore[arg-type]
+        quantize(model, {"classifier"}, quantization, CUDA)
         task = folder / "store" / f"task{row.slot}"
         model = PeftModel.from_pretrained(model.to(CUDA), str(task)).eval()
         with torch.inference_mode():

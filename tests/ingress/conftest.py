@@ -34,7 +34,7 @@ GOOD: Facts = {
 @pytest.fixture
 def make_facts() -> Callable[..., Facts]:
     def make_facts(**changes: Any) -> Facts:
-        return {**GOOD, **changes}  # type: ignore[typeddict-item]
+        return {**GOOD, **changes}
 
     return make_facts
 

@@ -323,7 +323,7 @@ PAIR = {"text": "w1", "text_pair": "w2"}
 async def test_input_that_does_not_fit_the_task_is_refused_before_the_model(
     ask: Ask, model: Model, texts: list[Any], changes: dict[str, Any], said: str
 ) -> None:
-    model.facts |= changes  # type: ignore[typeddict-item]
+    model.facts |= changes
     with pytest.raises(BadInput) as caught:
         await ask(*texts)
     assert said in str(caught.value)

@@ -91,8 +91,8 @@ def save_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 
 
 @pytest.fixture(scope="session")
-def tiny_base(save_base: Callable[..., str]) -> str:
-    config = BertConfig(
+def tiny_config() -> BertConfig:
+    return BertConfig(
         vocab_size=64,
         hidden_size=32,
         num_hidden_layers=2,
@@ -101,7 +101,11 @@ def tiny_base(save_base: Callable[..., str]) -> str:
         max_position_embeddings=40,
         initializer_range=0.2,  # ten times the usual: else the head's bias is most of the answer
     )
-    return save_base(BertModel, config)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(save_base: Callable[..., str], tiny_config: BertConfig) -> str:
+    return save_base(BertModel, tiny_config)
 
 
 @pytest.fixture(scope="session")

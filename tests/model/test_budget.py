@@ -145,8 +145,8 @@ async def test_the_deployment_notes_the_rows_that_ran() -> None:
 
     model = Model.__new__(Model)
     model.planner = Noting(Planner(8, 1000))
-    model.engine = Engine()  # type: ignore[assignment]
-    model._on_device = run  # type: ignore[method-assign]
+    model.engine = Engine()
+    model._on_device = run
     rows = [Row(1, Tokens([1] * length)) for length in (4, 9, 5)]
     await asyncio.gather(*(model.answer(row) for row in rows), return_exceptions=True)
     ((lengths, seconds),) = noted

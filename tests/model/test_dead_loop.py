@@ -106,7 +106,7 @@ async def test_an_error_that_is_no_end_leaves_the_loop_alive() -> None:
 
 async def test_a_dead_loop_fails_the_health_check() -> None:
     model = Model.__new__(Model)  # without its base: no row gets as far as that
-    model.planner = BrokenPlanner()  # type: ignore[assignment]
+    model.planner = BrokenPlanner()
     await model.check_health()
     with pytest.raises(BatchLoopDied):
         await model.answer(Line())

@@ -76,6 +76,7 @@ def again(work: Work) -> tuple[Callable[[], None], ModelOutput]:
 def engine(
     request: pytest.FixtureRequest,
     save_base: Callable[..., str],
+    tiny_config: BertConfig,
     make_adapter: Callable[..., PeftModel],
     tmp_path: Path,
 ) -> Engine:
@@ -83,16 +84,7 @@ def engine(
 
     A pooler that the base has is a site of the encoder, and one that it lacks a head within it.
     """
-    config = BertConfig(
-        vocab_size=64,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=40,
-        initializer_range=0.2,
-    )
-    base = save_base(BertModel, config, add_pooling_layer=request.param)
+    base = save_base(BertModel, tiny_config, add_pooling_layer=request.param)
     engine = Engine(base, quantization="none", device="cpu")
     assert engine.encoder._captured._within == ([] if request.param else ["bert.pooler.dense"])
     for slot in range(1, 7):

@@ -31,7 +31,7 @@ def x() -> torch.Tensor:
 
 def quantized(linear: nn.Linear, quantization: str) -> nn.Module:
     model = nn.Sequential(linear)
-    quantize(model, (), quantization, CPU)  # type: ignore[arg-type]
+    quantize(model, (), quantization, CPU)
     return model[0]
 
 
@@ -121,7 +121,7 @@ def test_every_linear_but_the_skipped_ones_is_quantised(quantization: str, tiny_
     model = AutoModelForSequenceClassification.from_pretrained(tiny_base)
     paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     skipped = {"classifier", "bert.encoder.layer.1.output.dense"}
-    quantize(model, skipped, quantization, CPU)  # type: ignore[arg-type]
+    quantize(model, skipped, quantization, CPU)
     assert len(paths) == 2 * 6 + 2
     for path in paths:
         want = nn.Linear if path in skipped else CLASSES[quantization]

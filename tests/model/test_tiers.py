@@ -55,7 +55,7 @@ def store(base: str, make_adapter: Make, tmp_path: Path) -> Counting:
 
 async def start(base: str, store: Counting, **given: Any) -> Model:
     model = object.__new__(Model)
-    await model.__init__(  # type: ignore[misc]
+    await model.__init__(
         Args(base_model=base, adapter_store=str(store.root), device="cpu", num_cpus=1, **given)
     )
     model.store = store
@@ -70,7 +70,7 @@ async def model(base: str, store: Counting) -> AsyncIterator[Model]:
 async def ask(model: Model, task: str, version: str) -> list[float]:
     [scores] = await model.predict(task, version, "single_label_classification", ROW)
     assert isinstance(scores, list)
-    return scores  # type: ignore[return-value]
+    return scores
 
 
 def break_(store: Store, task: str, **keys: Any) -> None:
