@@ -2,6 +2,7 @@
 
     AdapterError
     ├── TaskNotFound        no folder of that name is in the store
+    ├── VersionNotFound     the task has no such version
     ├── AdapterIncomplete   its folder is still being copied; worth another try
     ├── AdapterChanged      its folder no longer holds the version that was asked for
     ├── AdapterRefused      it cannot be served; carries every problem that was found
@@ -41,6 +42,23 @@ class TaskNotFound(AdapterError):
         return (
             f"there is no task {self.task!r}; put its PEFT folder into the adapter store "
             "under that name, or see GET /v1/tasks for those that exist"
+        )
+
+
+class VersionNotFound(AdapterError):
+    """The task has no version of that name."""
+
+    def __init__(self, task: str, version: str) -> None:
+        """Name both."""
+        super().__init__(task, version)
+        self.task = task
+        self.version = version
+
+    def __str__(self) -> str:
+        """Say where the versions are listed."""
+        return (
+            f"task {self.task!r} has no version {self.version!r}; "
+            f"GET /v1/tasks/{self.task} lists those that it has"
         )
 
 

@@ -1,9 +1,13 @@
 """What a caller can be told: one table from errors to HTTP and to builtin exceptions.
 
     RequestError
-    ├── BadInput    422  the request says something that cannot be answered
-    ├── TooLarge    413  its body is over the limit
-    └── NotReady    503  no model replica can answer at the moment
+    ├── Unauthorized 401  a change without the token
+    ├── Forbidden    403  a change or a source that the configuration does not allow
+    ├── Conflict     409  a change that does not fit what is there
+    ├── Stale        412  a change to a task that another one has changed since
+    ├── TooLarge     413  its body is over the limit
+    ├── BadInput     422  the request says something that cannot be answered
+    └── NotReady     503  no replica can answer at the moment
     BatchLoopDied   503  the replica that was asked can answer nothing any more
     AdapterError         (adapters/errors.py) 404 unknown, 503 for that task alone
 
@@ -20,6 +24,7 @@ from adapters.errors import (
     AdapterRefused,
     BankFull,
     TaskNotFound,
+    VersionNotFound,
 )
 
 
@@ -32,6 +37,22 @@ class RequestError(Exception):
         self.detail = detail
 
 
+class Unauthorized(RequestError):
+    """The request changes something and brings no token, or a wrong one."""
+
+
+class Forbidden(RequestError):
+    """The configuration does not allow this."""
+
+
+class Conflict(RequestError):
+    """The change does not fit what is there: a version that has traffic cannot be deleted."""
+
+
+class Stale(RequestError):
+    """The task was changed since the caller read the etag that it sent."""
+
+
 class BadInput(RequestError):
     """The request says something that cannot be answered."""
 
@@ -41,7 +62,7 @@ class TooLarge(RequestError):
 
 
 class NotReady(RequestError):
-    """No model replica can answer at the moment."""
+    """No replica can answer at the moment."""
 
 
 class BatchLoopDied(RuntimeError):
@@ -74,16 +95,30 @@ class Problem(NamedTuple):
 
     def exception(self) -> Exception:
         """The builtin exception that a handle caller gets, who may have none of our code."""
-        kind = {404: LookupError, 413: ValueError, 422: ValueError}.get(self.status, RuntimeError)
-        return kind(self.detail)
+        return _BUILTINS.get(self.status, RuntimeError)(self.detail)
 
+
+_BUILTINS: dict[int, type[Exception]] = {
+    401: PermissionError,
+    403: PermissionError,
+    404: LookupError,
+    409: ValueError,
+    412: ValueError,
+    413: ValueError,
+    422: ValueError,
+}
 
 _TABLE: dict[type[Exception], tuple[int, str, int | None]] = {
+    Unauthorized: (401, "Unauthorized", None),
+    Forbidden: (403, "Forbidden", None),
+    Conflict: (409, "Conflict", None),
+    Stale: (412, "Precondition failed", None),
     BadInput: (422, "Invalid request", None),
     TooLarge: (413, "Request too large", None),
     NotReady: (503, "Not ready", 1),
     BatchLoopDied: (503, "Not ready", 1),
     TaskNotFound: (404, "Unknown task", None),
+    VersionNotFound: (404, "Unknown version", None),
     AdapterIncomplete: (503, "Adapter incomplete", 1),
     AdapterChanged: (503, "Adapter changed", 1),
     AdapterRefused: (503, "Adapter refused", None),

@@ -13,16 +13,33 @@ from adapters.errors import (
     AdapterRefused,
     BankFull,
     TaskNotFound,
+    VersionNotFound,
 )
-from deployments.errors import INTERNAL, BadInput, NotReady, RequestError, TooLarge, to_problem
+from deployments.errors import (
+    INTERNAL,
+    BadInput,
+    Conflict,
+    Forbidden,
+    NotReady,
+    RequestError,
+    Stale,
+    TooLarge,
+    Unauthorized,
+    to_problem,
+)
 
 # Every error, its status, and the builtin that a handle caller gets.
 ERRORS = [
     (TaskNotFound("mood"), 404, LookupError),
+    (VersionNotFound("mood", "11111111"), 404, LookupError),
     (AdapterIncomplete("mood", "half of it is missing"), 503, RuntimeError),
     (AdapterChanged("mood", "11111111", "22222222"), 503, RuntimeError),
     (AdapterRefused("mood", ["no head", "no rank"]), 503, RuntimeError),
     (BankFull("mood@11111111", 3), 503, RuntimeError),
+    (Unauthorized("this route needs a token"), 401, PermissionError),
+    (Forbidden("allowed_sources has no such prefix"), 403, PermissionError),
+    (Conflict("the version has traffic"), 409, ValueError),
+    (Stale("the task is at revision 5"), 412, ValueError),
     (BadInput("texts is empty"), 422, ValueError),
     (TooLarge("the body is over 5 bytes"), 413, ValueError),
     (NotReady("no replica runs"), 503, RuntimeError),
