@@ -216,11 +216,7 @@ def test_rules_are_laid_over_and_taken_back(tasks: Tasks, named: Any, assert_pro
     tasks.patch(name, rules={"threshold": None, "labels": None})
     after = tasks.predict(name)
     assert after["rules"] == before["rules"]
-    assert (
-        scores(after) == pytest.approx(scores(before))
-        if False
-        else close(scores(after), scores(before))
-    )
+    assert close(scores(after), scores(before))
 
 
 def test_a_plain_folder_is_taken_in_by_its_first_change_and_goes_on(
@@ -247,7 +243,7 @@ def test_folders_dropped_by_hand_appear_within_two_seconds(
     took_s = wait_for(lambda: tasks.call("POST", path, json=body).status_code == 200)
     print(f"a plain folder answered after {took_s:.2f} s")
     assert took_s < 2.0
-    name, (first, second) = named(2)
+    name, (_, second) = named(2)
     (store / "by-hand").mkdir()
     shutil.copytree(store / name / second, store / "by-hand" / second)
     path = "tasks/by-hand/predict"
@@ -309,10 +305,10 @@ def test_a_shadow_is_counted_and_answers_nobody(tasks: Tasks, named: Any) -> Non
 
 
 def test_every_change_is_in_the_history(tasks: Tasks, named: Any) -> None:
-    name, (first, second) = named(2)
+    name, (_, second) = named(2)
     tasks.patch(name, active=second)
     told = tasks.call("GET", f"history?task={name}").json()["changes"]
-    assert [one["what"] for one in told][0] == {"active": second}
+    assert told[0]["what"] == {"active": second}
     assert len(told) == 3
     assert all(one["by"] and one["time"] and one["task"] == name for one in told)
     assert [one["revision"] for one in told] == sorted(
@@ -321,7 +317,7 @@ def test_every_change_is_in_the_history(tasks: Tasks, named: Any) -> None:
 
 
 def test_residency_says_who_holds_what(tasks: Tasks, named: Any) -> None:
-    name, (first, second) = named(2)
+    name, (first, _) = named(2)
     told = tasks.call("GET", "residency?limit=1000").json()
     assert len(told["replicas"]) == 2
     mine = [one for one in told["versions"] if one["task"] == name and one["version"] == first]
