@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -251,30 +252,32 @@ def free_port() -> Callable[[], int]:
     return _free_port
 
 
-@pytest.fixture
-def make_server() -> Iterator[Callable[[], Server]]:
-    """Makes servers that are not started yet; kills what is left of them after the test."""
-    servers: list[Server] = []
-
-    def make() -> Server:
-        # Short, since the paths of Ray's sockets below it must fit the system.
-        home = Path(tempfile.mkdtemp(prefix="onebase-", dir="/tmp"))
-        servers.append(Server(home, _free_port(), _free_port))
-        return servers[-1]
-
-    yield make
-    for server in servers:
+@contextmanager
+def _a_server() -> Iterator[Server]:
+    # Short, since the paths of Ray's sockets below it must fit the system.
+    home = Path(tempfile.mkdtemp(prefix="onebase-", dir="/tmp"))
+    server = Server(home, _free_port(), _free_port)
+    try:
+        yield server
+    finally:
         for pid in server.processes():
             os.kill(pid, signal.SIGKILL)
         if server.main is not None:
             server.main.wait(10)
-        shutil.rmtree(server.home, ignore_errors=True)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def a_server() -> Callable[[], AbstractContextManager[Server]]:
+    """Makes a server with HAProxy and throughput mode, not started yet, that is killed at last."""
+    return _a_server
 
 
 @pytest.fixture
-def server(make_server: Callable[[], Server]) -> Server:
-    """A server with HAProxy and throughput mode, not started yet."""
-    return make_server()
+def server() -> Iterator[Server]:
+    """A server for one test; see `a_server`."""
+    with _a_server() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
