@@ -1,4 +1,4 @@
-"""The catalog of a whole server (HAProxy, two ingresses, two model replicas) under load and fault."""
+"""The catalog of a whole server, two ingresses and two model replicas, under load and fault."""
 
 import json
 import os
