@@ -44,6 +44,8 @@ from adapters.staging import (
 )
 from adapters.store import CONFIG, PICKLE, Files, Look
 
+_YOUNG_NS = 2 * 10**9
+
 
 class Directory:
     """A directory of PEFT folders, one a task, and of versions below them.
@@ -66,6 +68,18 @@ class Directory:
         with entries:
             names = [entry.name for entry in entries if TASK_NAME.fullmatch(entry.name)]
         return sorted(name for name in names if self._is_task(name))
+
+    def folders(self) -> dict[str, int]:
+        """Return the folder of every possible task -> a mark."""
+        marks: dict[str, int] = {}
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root) as entries:
+            young_ns = time.time_ns() - _YOUNG_NS
+            for entry in entries:
+                if TASK_NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                    with suppress(OSError):  # it has just gone
+                        # A clock ticks in milliseconds, and more may come within this one.
+                        marks[entry.name] = min(entry.stat().st_mtime_ns, young_ns)
+        return marks
 
     def versions(self, task: str) -> list[str]:
         """Return the names of a task's version folders, the oldest change first."""

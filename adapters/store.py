@@ -82,6 +82,13 @@ class Store(Protocol):
     def tasks(self) -> list[str]:
         """Return the names of all tasks that have a plain folder or a version, sorted."""
 
+    def folders(self) -> dict[str, int]:
+        """Return the folder of every possible task -> a mark.
+
+        Another mark says that something was added to the folder or removed from it; what became of
+        the files in it, `look` tells.
+        """
+
     def versions(self, task: str) -> list[str]:
         """Return the names of a task's version folders, the oldest change first."""
 
