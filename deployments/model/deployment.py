@@ -14,7 +14,7 @@ import ray
 import torch
 
 from adapters.rules import ProblemType
-from adapters.store import Store
+from adapters.store import open_store
 from deployments.config import GIB, Args
 from deployments.errors import BatchLoopDied
 from deployments.model.budget import Budget
@@ -55,7 +55,7 @@ class Model:
         memory.check()
         self.residents = Residents(
             self.engine,
-            Store(args.adapter_store),
+            open_store(args.adapter_store),
             host_bytes=host_bytes,
             max_slots=None if args.adapter_slots == "auto" else args.adapter_slots,
             pinned_tasks=args.pinned_tasks,
