@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import ray
 import torch
+from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from adapters.rules import ProblemType
 from adapters.store import open_store
@@ -27,6 +29,7 @@ from deployments.model.residents import Residents
 from deployments.model.threads import forward_threads
 from deployments.model.vocabulary import export_vocabulary, to_pages
 from deployments.rows import Facts, Prediction, Row, Tokens
+from deployments.snapshot import Snapshot
 
 logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
@@ -60,6 +63,7 @@ class Model:
             max_slots=None if args.adapter_slots == "auto" else args.adapter_slots,
             pinned_tasks=args.pinned_tasks,
             write=self._write,
+            forget=self._forget,
         )
         await self.residents.load_pinned()
         logger.info(
@@ -75,13 +79,57 @@ class Model:
         """Return a page of the tokenizer (`deployments.model.vocabulary`), empty past the last."""
         return self._pages[page] if page < len(self._pages) else b""
 
-    async def describe(self, task: str) -> Facts:
-        """Read a task's folder as it is now, validate it whole, and keep it in RAM.
+    async def describe(
+        self, task: str, version: str | None = None, rules: dict[str, Any] | None = None
+    ) -> Facts:
+        """Read an adapter as it is now, validate it whole, and keep it in RAM.
+
+        Args:
+            task: The task.
+            version: The version; None for what its plain folder holds.
+            rules: Laid over its own.
 
         Raises:
-            AdapterError: The task is not there, not complete, or refused with all its problems.
+            AdapterError: It is not there, not complete, or refused with all its problems.
         """
-        return to_facts(await self.residents.describe(task), self._max_length)
+        return to_facts(await self.residents.describe(task, version, rules), self._max_length)
+
+    async def check(
+        self, task: str, staging: str | None, rules: dict[str, Any] | None = None
+    ) -> Facts:
+        """Validate what was staged exactly as a load would, and keep nothing of it.
+
+        Args:
+            task: The task that it is for.
+            staging: See `adapters.store.Store.stage`; None for the task's plain folder.
+            rules: Laid over its own.
+
+        Raises:
+            AdapterError: It is not there, or refused with all its problems.
+        """
+        artifact = await self.residents.reader.check(task, staging, rules or {})
+        return to_facts(artifact, self._max_length)
+
+    async def warm(self, task: str, version: str) -> None:
+        """Bring a version into a slot of this replica.
+
+        Raises:
+            AdapterError: The version cannot be had.
+        """
+        await self.residents.warm(task, version)
+
+    async def residency(self, after: str, limit: int) -> dict[str, Any]:
+        """Say where this replica has which versions; see `Residents.residency`.
+
+        Args:
+            after: `task@version`; only those after it.
+            limit: Most versions to return.
+        """
+        return {"replica": _replica(), **await self.residents.residency(after, limit)}
+
+    async def follow(self, old: Snapshot, new: Snapshot) -> None:
+        """Go from one snapshot of the catalog to a newer one; see `Residents.follow`."""
+        await self.residents.follow(old, new)
 
     async def prefetch(self, tasks: Collection[str]) -> None:
         """Bring tasks into host RAM; see `Residents.prefetch`."""
@@ -166,6 +214,11 @@ class Model:
         writing = loop.run_in_executor(self._device, self.engine.write, slot, loaded, gone)
         writing.add_done_callback(written)
 
+    def _forget(self, slots: Sequence[int]) -> None:
+        """Free slots once the rows that were handed over before have been answered."""
+        logger.info("left=slot:%s", ",".join(map(str, slots)))
+        asyncio.get_running_loop().run_in_executor(self._device, self.engine.forget, slots)
+
     async def _on_device(self, work: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._device, work, *args)
 
@@ -193,6 +246,14 @@ def _timed(
     started_s = time.perf_counter()
     answers = predict(rows)
     return answers, time.perf_counter() - started_s
+
+
+def _replica() -> str:
+    """Return this replica's id; without Serve this process is the one."""
+    try:
+        return serve.get_replica_context().replica_id.unique_id
+    except RayServeException:
+        return "alone"
 
 
 def _num_nodes() -> int:

@@ -59,7 +59,7 @@ async def start(base: str, store: Counting, **given: Any) -> Model:
     await model.__init__(
         Args(base_model=base, adapter_store=str(store.root), device="cpu", num_cpus=1, **given)
     )
-    model.residents.store = store
+    model.residents.reader.store = store
     return model
 
 
@@ -105,7 +105,7 @@ async def test_a_refused_folder_is_tried_again_after_a_while(
     model: Model, store: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_(store, "mood", use_qalora=True)
-    monkeypatch.setattr(model.residents.failures, "_first_s", 0.05)
+    monkeypatch.setattr(model.residents.reader.failures, "_first_s", 0.05)
     for _ in range(2):
         with pytest.raises(AdapterRefused):
             await model.describe("mood")
