@@ -15,10 +15,12 @@ import torch
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
+from adapters.documents import open_documents
 from adapters.rules import ProblemType
 from adapters.store import open_store
 from deployments.config import GIB, Args
 from deployments.errors import BatchLoopDied
+from deployments.journal import Journal
 from deployments.model.budget import Budget
 from deployments.model.dynamic_batch import batch_queue, dynamic_batch
 from deployments.model.engine import BadRow, EmptySlot, Engine, Loaded
@@ -30,6 +32,7 @@ from deployments.model.threads import forward_threads
 from deployments.model.vocabulary import export_vocabulary, to_pages
 from deployments.rows import Facts, Prediction, Row, Tokens
 from deployments.snapshot import Snapshot
+from deployments.watch import Watch
 
 logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
@@ -65,6 +68,7 @@ class Model:
             write=self._write,
             forget=self._forget,
         )
+        await self._follow_catalog(args)
         await self.residents.load_pinned()
         logger.info(
             "base=%s quantization=%s device=%s threads=%d memory: %s",
@@ -127,10 +131,6 @@ class Model:
         """
         return {"replica": _replica(), **await self.residents.residency(after, limit)}
 
-    async def follow(self, old: Snapshot, new: Snapshot) -> None:
-        """Go from one snapshot of the catalog to a newer one; see `Residents.follow`."""
-        await self.residents.follow(old, new)
-
     async def prefetch(self, tasks: Collection[str]) -> None:
         """Bring tasks into host RAM; see `Residents.prefetch`."""
         await self.residents.prefetch(tasks)
@@ -186,6 +186,26 @@ class Model:
         queue = batch_queue(self.answer)
         if queue is not None and not queue.alive:
             raise RuntimeError("the batch loop has ended")
+
+    async def _follow_catalog(self, args: Args) -> None:
+        """Keep and forget what the catalog says, if there is one: without Serve there is none."""
+        try:
+            app = serve.get_replica_context().app_name
+        except RayServeException:
+            return
+
+        async def poll(watcher: str, revision: int, after: str) -> dict[str, Any]:
+            # By its name, which has to wait until both are deployed: the catalog has our handle.
+            catalog = serve.get_deployment_handle("Catalog", app)
+            page: dict[str, Any] = await catalog.poll.remote(watcher, revision, after)
+            return page
+
+        journal = Journal(open_documents(args.adapter_store))
+        self._watch = Watch(lambda: journal.newest()[0], poll, self._heed)
+        await self._watch.start()
+
+    async def _heed(self, old: Snapshot, new: Snapshot, changed: Collection[str]) -> None:
+        await self.residents.follow(old, new)
 
     async def _write(self, slot: int, loaded: Loaded, gone: Sequence[int]) -> None:
         """Hand an adapter over to a slot, after those that leave.
