@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import ray
@@ -21,12 +20,11 @@ from adapters.store import open_store
 from deployments.config import GIB, Args
 from deployments.errors import BatchLoopDied
 from deployments.journal import Journal
-from deployments.model.budget import Budget
+from deployments.model.budget import make_planner
 from deployments.model.dynamic_batch import batch_queue, dynamic_batch
 from deployments.model.engine import BadRow, EmptySlot, Engine, Loaded
 from deployments.model.facts import to_facts
 from deployments.model.memory import take_stock
-from deployments.model.planner import Planner
 from deployments.model.residents import Residents
 from deployments.model.threads import forward_threads
 from deployments.model.vocabulary import export_vocabulary, to_pages
@@ -55,7 +53,7 @@ class Model:
         vocabulary = export_vocabulary(self.engine.encoder)
         self._max_length = vocabulary["max_length"]
         self._pages = to_pages(vocabulary)
-        self.planner = make_planner(args, self.engine.device)
+        self.planner = make_planner(args, on_cpu=self.engine.device.type == "cpu")
         host_bytes = int(args.max_host_gib * GIB)
         memory = take_stock(self.engine.encoder, self.planner.most_tokens, host_bytes)
         memory.check()
@@ -241,22 +239,6 @@ class Model:
 
     async def _on_device(self, work: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._device, work, *args)
-
-
-def make_planner(args: Args, device: torch.device) -> Budget:
-    """Return the planner for a device.
-
-    On a CPU more than about a thousand tokens leave its caches and take longer a token, and a
-    forward has little fixed cost: less padding is better (benchmarks/padding.py).
-    """
-    on_cpu = device.type == "cpu"
-    tokens = args.max_batch_tokens
-    if tokens == "auto":
-        tokens = 1024 if on_cpu else 16384
-    planner = Planner(args.max_batch_rows, tokens)
-    if on_cpu:
-        planner = replace(planner, max_stretch=1.25, short_tokens=8)
-    return Budget(planner)
 
 
 def _timed(
