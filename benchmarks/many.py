@@ -30,7 +30,7 @@ from benchmarks.bases import ROOT, base_folder
 from benchmarks.fleet import write_fleet
 from benchmarks.record import table
 from deployments.config import Args
-from deployments.ingress.tasks import Tasks
+from deployments.ingress.folders import Folders
 from deployments.model.deployment import Model
 
 COUNTS = (10, 1_000, 10_000)
@@ -127,7 +127,7 @@ async def lookups(base: str, store: Path, count: int) -> dict[str, Any]:
         Args(base_model=base, adapter_store=str(store), quantization="int8", device="cpu")
     )
     made_s = time.perf_counter() - started
-    tasks = Tasks(Store(store), model.describe, settle_s=0.0)
+    tasks = Folders(Store(store), model.describe, settle_s=0.0)
     names = Store(store).tasks()
     step = max(1, len(names) // TOUCHED)
     never, first, known = [], [], []

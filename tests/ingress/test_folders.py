@@ -11,7 +11,7 @@ import pytest
 from adapters.errors import AdapterIncomplete, AdapterRefused, TaskNotFound
 from adapters.store import Store
 from deployments.errors import NotReady
-from deployments.ingress.tasks import Tasks
+from deployments.ingress.folders import Folders
 from deployments.rows import Facts
 
 SETTLE_S = 0.1
@@ -45,14 +45,14 @@ def model(store: Store, make_facts: Callable[..., Facts]) -> Model:
 
 
 @pytest.fixture
-def tasks(store: Store, model: Model) -> Tasks:
-    return Tasks(store, model.describe, settle_s=SETTLE_S, patience_s=1.0)
+def tasks(store: Store, model: Model) -> Folders:
+    return Folders(store, model.describe, settle_s=SETTLE_S, patience_s=1.0)
 
 
 @pytest.fixture
-def calm(store: Store, model: Model) -> Tasks:
+def calm(store: Store, model: Model) -> Folders:
     """Takes a folder for settled only after a time that no busy machine makes a copy pause."""
-    return Tasks(store, model.describe, settle_s=0.4, patience_s=1.0)
+    return Folders(store, model.describe, settle_s=0.4, patience_s=1.0)
 
 
 async def pass_by() -> None:
@@ -70,7 +70,7 @@ async def copy_slowly(folder: Path, content: bytes, seconds: float) -> None:
             await asyncio.sleep(0.03)
 
 
-async def test_a_folder_is_described_once(write: Write, tasks: Tasks, model: Model) -> None:
+async def test_a_folder_is_described_once(write: Write, tasks: Folders, model: Model) -> None:
     write()
     first = await tasks.get("mood")
     assert first["version"] == model.store.read("mood").version
@@ -81,7 +81,7 @@ async def test_a_folder_is_described_once(write: Write, tasks: Tasks, model: Mod
 
 
 async def test_a_known_folder_is_not_looked_at_with_every_request(
-    write: Write, calm: Tasks, model: Model
+    write: Write, calm: Folders, model: Model
 ) -> None:
     folder = write()
     before = await calm.get("mood")
@@ -89,7 +89,7 @@ async def test_a_known_folder_is_not_looked_at_with_every_request(
     assert await calm.get("mood") == before  # for settle_s at the most
 
 
-async def test_a_task_without_a_folder_is_not_found(tasks: Tasks, model: Model) -> None:
+async def test_a_task_without_a_folder_is_not_found(tasks: Folders, model: Model) -> None:
     for name in ("absent", "../mood", "UPPER"):
         with pytest.raises(TaskNotFound):
             await tasks.get(name)
@@ -97,7 +97,7 @@ async def test_a_task_without_a_folder_is_not_found(tasks: Tasks, model: Model) 
 
 
 async def test_a_folder_that_is_added_later_is_served(
-    write: Write, tasks: Tasks, model: Model
+    write: Write, tasks: Folders, model: Model
 ) -> None:
     with pytest.raises(TaskNotFound):
         await tasks.get("mood")
@@ -106,7 +106,7 @@ async def test_a_folder_that_is_added_later_is_served(
 
 
 async def test_a_folder_that_is_copied_slowly_is_waited_for(
-    write: Write, calm: Tasks, model: Model, weights: Callable[[int], bytes]
+    write: Write, calm: Folders, model: Model, weights: Callable[[int], bytes]
 ) -> None:
     folder = write(number=None)
     copy = asyncio.ensure_future(copy_slowly(folder, weights(1), 0.5))
@@ -117,7 +117,7 @@ async def test_a_folder_that_is_copied_slowly_is_waited_for(
 
 
 async def test_a_copy_that_takes_too_long_is_incomplete_and_not_remembered(
-    write: Write, calm: Tasks, model: Model, weights: Callable[[int], bytes]
+    write: Write, calm: Folders, model: Model, weights: Callable[[int], bytes]
 ) -> None:
     folder = write(number=None)
     copy = asyncio.ensure_future(copy_slowly(folder, weights(1), 1.5))
@@ -132,7 +132,7 @@ async def test_a_copy_that_takes_too_long_is_incomplete_and_not_remembered(
 
 
 async def test_weights_that_come_late_are_not_remembered_as_missing(
-    write: Write, tasks: Tasks, model: Model
+    write: Write, tasks: Folders, model: Model
 ) -> None:
     write(number=None)
     for _ in range(2):
@@ -144,7 +144,7 @@ async def test_weights_that_come_late_are_not_remembered_as_missing(
 
 
 async def test_a_refused_folder_is_remembered_until_it_changes(
-    write: Write, tasks: Tasks, model: Model
+    write: Write, tasks: Folders, model: Model
 ) -> None:
     folder = write()
     model.error = AdapterRefused("mood", ["no head", "no rank"])
@@ -162,7 +162,7 @@ async def test_a_refused_folder_is_remembered_until_it_changes(
 
 
 async def test_a_remembered_refusal_does_not_grow_with_every_request(
-    write: Write, tasks: Tasks, model: Model
+    write: Write, tasks: Folders, model: Model
 ) -> None:
     write()
     model.error = AdapterRefused("mood", ["no head"])
@@ -175,7 +175,7 @@ async def test_a_remembered_refusal_does_not_grow_with_every_request(
 
 
 async def test_a_new_copy_over_a_served_folder_keeps_the_old_one_until_it_is_whole(
-    write: Write, calm: Tasks, model: Model, weights: Callable[[int], bytes]
+    write: Write, calm: Folders, model: Model, weights: Callable[[int], bytes]
 ) -> None:
     folder = write()
     old = await calm.get("mood")
@@ -192,7 +192,7 @@ async def test_a_new_copy_over_a_served_folder_keeps_the_old_one_until_it_is_who
 
 
 async def test_a_copy_that_broke_off_keeps_the_old_one(
-    write: Write, tasks: Tasks, model: Model, weights: Callable[[int], bytes]
+    write: Write, tasks: Folders, model: Model, weights: Callable[[int], bytes]
 ) -> None:
     folder = write()
     old = await tasks.get("mood")
@@ -206,7 +206,7 @@ async def test_a_copy_that_broke_off_keeps_the_old_one(
     assert (await tasks.get("mood"))["version"] == model.store.read("mood").version
 
 
-async def test_changed_rules_are_described_again(write: Write, tasks: Tasks, model: Model) -> None:
+async def test_changed_rules_are_described_again(write: Write, tasks: Folders, model: Model) -> None:
     folder = write()
     await tasks.get("mood")
     (folder / "task.json").write_text('{"threshold": 0.5}')
@@ -216,7 +216,7 @@ async def test_changed_rules_are_described_again(write: Write, tasks: Tasks, mod
     assert model.asked == ["mood"] * 2
 
 
-async def test_other_files_change_nothing(write: Write, tasks: Tasks, model: Model) -> None:
+async def test_other_files_change_nothing(write: Write, tasks: Folders, model: Model) -> None:
     folder = write()
     await tasks.get("mood")
     (folder / "optimizer.pt").write_text("x")
@@ -226,7 +226,7 @@ async def test_other_files_change_nothing(write: Write, tasks: Tasks, model: Mod
 
 
 async def test_a_deleted_folder_is_not_found_and_may_come_back(
-    write: Write, tasks: Tasks, model: Model
+    write: Write, tasks: Folders, model: Model
 ) -> None:
     folder = write()
     await tasks.get("mood")
@@ -239,7 +239,7 @@ async def test_a_deleted_folder_is_not_found_and_may_come_back(
 
 
 async def test_file_times_in_the_future_hold_nobody_up(
-    write: Write, tasks: Tasks, model: Model
+    write: Write, tasks: Folders, model: Model
 ) -> None:
     folder = write()
     os.utime(folder / WEIGHTS, (time.time() + 3600,) * 2)
@@ -250,7 +250,7 @@ async def test_file_times_in_the_future_hold_nobody_up(
 
 
 async def test_all_requests_for_a_task_share_one_look_and_description(
-    write: Write, tasks: Tasks, model: Model
+    write: Write, tasks: Folders, model: Model
 ) -> None:
     write()
     model.open.clear()
@@ -265,7 +265,7 @@ async def test_all_requests_for_a_task_share_one_look_and_description(
 
 
 async def test_a_request_that_goes_away_does_not_end_the_shared_description(
-    write: Write, tasks: Tasks, model: Model
+    write: Write, tasks: Folders, model: Model
 ) -> None:
     write()
     model.open.clear()
@@ -278,7 +278,7 @@ async def test_a_request_that_goes_away_does_not_end_the_shared_description(
     assert model.asked == ["mood"]
 
 
-async def test_a_slow_task_holds_up_no_other(write: Write, tasks: Tasks, model: Model) -> None:
+async def test_a_slow_task_holds_up_no_other(write: Write, tasks: Folders, model: Model) -> None:
     write("slow")
     write("known")
     await tasks.get("known")
@@ -293,7 +293,7 @@ async def test_a_slow_task_holds_up_no_other(write: Write, tasks: Tasks, model: 
 
 @pytest.mark.parametrize("error", [NotReady("no replica"), RuntimeError("unknown")])
 async def test_a_model_that_is_away_is_not_the_folder_s_fault(
-    write: Write, tasks: Tasks, model: Model, error: Exception
+    write: Write, tasks: Folders, model: Model, error: Exception
 ) -> None:
     write()
     model.error = error
@@ -303,7 +303,7 @@ async def test_a_model_that_is_away_is_not_the_folder_s_fault(
     assert (await tasks.get("mood"))["task"] == "mood"
 
 
-async def test_a_task_in_doubt_is_described_again(write: Write, tasks: Tasks, model: Model) -> None:
+async def test_a_task_in_doubt_is_described_again(write: Write, tasks: Folders, model: Model) -> None:
     write()
     await tasks.get("mood")
     tasks.doubt("mood")
@@ -313,7 +313,7 @@ async def test_a_task_in_doubt_is_described_again(write: Write, tasks: Tasks, mo
 
 
 async def test_a_task_in_doubt_whose_folder_is_being_copied_keeps_the_old_answer(
-    write: Write, tasks: Tasks, model: Model
+    write: Write, tasks: Folders, model: Model
 ) -> None:
     write()
     old = await tasks.get("mood")
@@ -325,7 +325,7 @@ async def test_a_task_in_doubt_whose_folder_is_being_copied_keeps_the_old_answer
     assert await tasks.get("mood") == old
 
 
-async def test_the_names_are_those_of_the_store(write: Write, tasks: Tasks) -> None:
+async def test_the_names_are_those_of_the_store(write: Write, tasks: Folders) -> None:
     assert await tasks.names() == []
     write("spam")
     write("mood")
