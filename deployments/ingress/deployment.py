@@ -14,13 +14,14 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from adapters.directory import Directory
 from adapters.rules import ProblemType
-from adapters.store import Store
+from adapters.store import GOLDEN, open_store
 from deployments.config import Args, tokenize_without_pool
 from deployments.errors import INTERNAL, BatchLoopDied, NotReady, to_problem
 from deployments.ingress.calls import Answers, Encodings
 from deployments.ingress.folders import Folders
-from deployments.ingress.golden import GOLDEN, MAX_GOLDEN_BYTES, try_golden
+from deployments.ingress.golden import MAX_GOLDEN_BYTES, try_golden
 from deployments.ingress.predict import Predictor
 from deployments.ingress.routes import make_api
 from deployments.ingress.tasks import Tasks
@@ -44,9 +45,11 @@ class Ingress:
         tokenize_without_pool()
         self._model = model
         self._args = args
-        self._store = Store(args.adapter_store)
-        listed_s = _LIST_EVERY_S if "://" in args.adapter_store else None
-        folders = Folders(self._store, self._describe, list_every_s=listed_s)
+        self._store = open_store(args.adapter_store)
+        looks = isinstance(self._store, Directory)
+        folders = Folders(
+            self._store, self._describe, list_every_s=None if looks else _LIST_EVERY_S
+        )
         self._tasks = Tasks(folders, self._describe)
         self._tokenizer = await self._fetch_tokenizer()
         self._predictor = Predictor(

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from adapters.errors import AdapterIncomplete, AdapterRefused, TaskNotFound
+from adapters.errors import AdapterIncomplete, AdapterRefused, StoreUnreachable, TaskNotFound
 from adapters.store import Look, Store
 from deployments.errors import NotReady
 from deployments.rows import Facts
@@ -132,8 +132,9 @@ class Folders:
                 # Listed, but no folder to look at: not again before the next listing.
                 (await self._listing).discard(task)
             raise
-        except (AdapterIncomplete, NotReady):
-            # A new copy over a served folder: the old one answers until the new one is whole.
+        except (AdapterIncomplete, NotReady, StoreUnreachable):
+            # A new copy over a served folder: the old one answers until the new one is whole. So it
+            # does while the store, or every replica, is away.
             if known is None:
                 raise
             look, said = known.look, known.said

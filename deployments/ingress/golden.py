@@ -7,13 +7,13 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from adapters.store import GOLDEN
 from deployments.errors import BadInput
 from deployments.ingress.results import Judged, to_judged
 from deployments.ingress.runs import Runs
 from deployments.ingress.wire import Pair, PredictRequest
 from deployments.rows import Facts
 
-GOLDEN = "golden.jsonl"
 MAX_GOLDEN_BYTES = 2**20
 # Lines that are asked for at a time: a few forwards, between which others get their turn.
 _LINES = 64
@@ -74,9 +74,7 @@ async def try_golden(content: bytes, facts: Facts, runs: Runs) -> list[str]:
     return problems
 
 
-async def _misses(
-    lines: Sequence[tuple[int, GoldenLine]], facts: Facts, runs: Runs
-) -> list[str]:
+async def _misses(lines: Sequence[tuple[int, GoldenLine]], facts: Facts, runs: Runs) -> list[str]:
     request = PredictRequest(texts=[line.text for _, line in lines], return_scores=True)
     try:
         run = await runs.run(facts, request)

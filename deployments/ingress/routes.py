@@ -62,9 +62,7 @@ def make_api(
     listing = Listing(tasks, usage)
 
     @api.post("/v1/tasks/{task}/predict", summary="Classify texts by a task's adapter")
-    async def predict(
-        task: TaskName, body: PredictRequest, key: RoutingKey = None
-    ) -> JSONResponse:
+    async def predict(task: TaskName, body: PredictRequest, key: RoutingKey = None) -> JSONResponse:
         return JSONResponse(await predictor.predict(task, body, key))
 
     @api.get("/v1/tasks", summary="All tasks by name, a page at a time")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from adapters.directory import Directory
 from adapters.errors import AdapterIncomplete, AdapterRefused, TaskNotFound
-from adapters.store import Store
 from deployments.errors import NotReady
 from deployments.ingress.folders import Folders
 from deployments.rows import Facts
@@ -23,7 +23,7 @@ WEIGHTS = "adapter_model.safetensors"
 class Model:
     """Describes a folder as it is, as the model does, and counts how often it is asked."""
 
-    store: Store
+    store: Directory
     make_facts: Callable[..., Facts]
     asked: list[str] = field(default_factory=list)
     error: Exception | None = None
@@ -38,19 +38,19 @@ class Model:
 
 
 @pytest.fixture
-def model(store: Store, make_facts: Callable[..., Facts]) -> Model:
+def model(store: Directory, make_facts: Callable[..., Facts]) -> Model:
     model = Model(store, make_facts)
     model.open.set()
     return model
 
 
 @pytest.fixture
-def tasks(store: Store, model: Model) -> Folders:
+def tasks(store: Directory, model: Model) -> Folders:
     return Folders(store, model.describe, settle_s=SETTLE_S, patience_s=1.0)
 
 
 @pytest.fixture
-def calm(store: Store, model: Model) -> Folders:
+def calm(store: Directory, model: Model) -> Folders:
     """Takes a folder for settled only after a time that no busy machine makes a copy pause."""
     return Folders(store, model.describe, settle_s=0.4, patience_s=1.0)
 
@@ -206,7 +206,9 @@ async def test_a_copy_that_broke_off_keeps_the_old_one(
     assert (await tasks.get("mood"))["version"] == model.store.read("mood").version
 
 
-async def test_changed_rules_are_described_again(write: Write, tasks: Folders, model: Model) -> None:
+async def test_changed_rules_are_described_again(
+    write: Write, tasks: Folders, model: Model
+) -> None:
     folder = write()
     await tasks.get("mood")
     (folder / "task.json").write_text('{"threshold": 0.5}')
@@ -303,7 +305,9 @@ async def test_a_model_that_is_away_is_not_the_folder_s_fault(
     assert (await tasks.get("mood"))["task"] == "mood"
 
 
-async def test_a_task_in_doubt_is_described_again(write: Write, tasks: Folders, model: Model) -> None:
+async def test_a_task_in_doubt_is_described_again(
+    write: Write, tasks: Folders, model: Model
+) -> None:
     write()
     await tasks.get("mood")
     tasks.doubt("mood")

@@ -5,8 +5,9 @@ from typing import Any
 import httpx2
 import pytest
 
+from adapters.directory import Directory
 from adapters.errors import AdapterRefused
-from adapters.store import Store
+from deployments.ingress.folders import Folders
 from deployments.ingress.routes import make_api
 from deployments.ingress.tasks import Tasks
 from deployments.rows import Facts
@@ -20,7 +21,7 @@ def described() -> list[str]:
 
 @pytest.fixture
 async def http(
-    store: Store, make_facts: Callable[..., Facts], described: list[str]
+    store: Directory, make_facts: Callable[..., Facts], described: list[str]
 ) -> AsyncIterator[httpx2.AsyncClient]:
     async def describe(task: str) -> Facts:
         described.append(task)
@@ -28,7 +29,7 @@ async def http(
             raise AdapterRefused(task, ["no head"])
         return make_facts(task=task, version=store.read(task).version)
 
-    tasks = Tasks(store, describe, settle_s=0)
+    tasks = Tasks(Folders(store, describe, settle_s=0), describe)
     api = make_api(tasks, None, default_task=None, max_body_bytes=1024)
     transport = httpx2.ASGITransport(app=api)
     async with httpx2.AsyncClient(transport=transport, base_url="http://here") as client:
