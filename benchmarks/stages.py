@@ -178,7 +178,7 @@ async def profile(model: Model, predictor: Predictor, asked: Asked) -> Profile:
         forwards.of_rows.update({k: s * len(rows) for k, s in clock.seconds.items()})
         return answers
 
-    with patch.object(ingress, "encode", timed_encode), watched(model.engine, clock):
+    with patch.object(runs, "encode", timed_encode), watched(model.engine, clock):
         predict: Callable[[list[Row]], Any] = model.engine.predict
         with patch.object(model.engine, "predict", timed_predict):
             began_s = now()

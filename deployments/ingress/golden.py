@@ -75,7 +75,7 @@ async def try_golden(content: bytes, facts: Facts, runs: Runs) -> list[str]:
 
 
 async def _misses(lines: Sequence[tuple[int, GoldenLine]], facts: Facts, runs: Runs) -> list[str]:
-    request = PredictRequest(texts=[line.text for _, line in lines], return_scores=True)
+    request = PredictRequest.model_validate({"texts": [line.text for _, line in lines]})
     try:
         run = await runs.run(facts, request)
     except BadInput as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from deployments.ingress.calls import Answers
@@ -92,7 +92,7 @@ class Judged(NamedTuple):
     """
 
     prediction: object
-    scores: dict[Hashable, float]
+    scores: Mapping[Hashable, float]
 
 
 def to_judged(run: Run) -> list[Judged | None]:
@@ -106,8 +106,10 @@ def _judge(run: Run, given: Given, windows: Sequence[Encoded], answers: list[Any
     if facts["aggregation"] is None:
         scores = combine(facts, answers)
         return Judged(prediction, dict(zip(facts["labels"], scores, strict=True)))
-    places = {(one["label"], one["start"], one["end"]): one["score"] for one in prediction}
-    return Judged(list(places), {**places})
+    places: dict[Hashable, float] = {
+        (one["label"], one["start"], one["end"]): one["score"] for one in prediction
+    }
+    return Judged(list(places), places)
 
 
 def _result(
