@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from adapters.directory import Directory
-from adapters.errors import AdapterIncomplete, AdapterRefused, TaskNotFound
+from adapters.errors import AdapterIncomplete, AdapterRefused, StoreUnreachable, TaskNotFound
+from adapters.store import Look
 from deployments.errors import NotReady
 from deployments.ingress.folders import Folders
 from deployments.rows import Facts
@@ -334,3 +335,87 @@ async def test_the_names_are_those_of_the_store(write: Write, tasks: Folders) ->
     write("spam")
     write("mood")
     assert await tasks.names() == ["mood", "spam"]
+
+
+class Listed(Directory):
+    """Counts what it is asked, and lists no faster than an object store."""
+
+    num_listings = num_looks = 0
+
+    def tasks(self) -> list[str]:
+        self.num_listings += 1
+        time.sleep(0.05)
+        return super().tasks()
+
+    def look(self, task: str, version: str | None = None) -> Look:
+        self.num_looks += 1
+        return super().look(task, version)
+
+
+@pytest.fixture
+def bucket(store: Directory) -> Listed:
+    return Listed(store.root)
+
+
+@pytest.fixture
+def listed(bucket: Listed, model: Model) -> Folders:
+    return Folders(bucket, model.describe, settle_s=SETTLE_S, list_every_s=0.4)
+
+
+async def refused(folders: Folders, task: str) -> None:
+    with pytest.raises(TaskNotFound):
+        await folders.get(task)
+
+
+async def test_unknown_tasks_cost_an_object_store_one_listing_in_a_while(
+    write: Write, listed: Folders, bucket: Listed
+) -> None:
+    write("other")
+    started_s = time.monotonic()
+    for round_ in range(40):
+        await asyncio.gather(*(refused(listed, f"t{round_}-{n}") for n in range(25)))
+        await asyncio.sleep(0.02)
+    passed_s = time.monotonic() - started_s
+    assert 2 <= bucket.num_listings <= 1 + passed_s / 0.4
+    assert bucket.num_looks == 0
+
+
+async def test_a_folder_in_an_object_store_is_served_once_it_is_listed(
+    write: Write, listed: Folders, bucket: Listed
+) -> None:
+    await refused(listed, "mood")
+    write()
+    await refused(listed, "mood")  # the listing is from before
+    await asyncio.sleep(0.45)
+    assert (await listed.get("mood"))["task"] == "mood"
+    assert bucket.num_listings == 2
+    await pass_by()
+    await listed.get("mood")
+    assert bucket.num_listings == 2  # what is known needs none
+    assert await listed.names() == ["mood"]
+
+
+async def test_a_name_that_is_listed_and_has_no_folder_is_looked_at_once_a_listing(
+    listed: Folders, bucket: Listed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bucket, "tasks", lambda: ["mood"])  # as a task that has only versions is
+    for _ in range(10):
+        await refused(listed, "mood")
+    assert bucket.num_looks == 1
+
+
+async def test_an_object_store_that_is_away_is_no_missing_task(
+    write: Write, listed: Folders, bucket: Listed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("known")
+    known = await listed.get("known")
+    await asyncio.sleep(0.45)
+
+    def away(*_: object) -> None:
+        raise StoreUnreachable("s3://here", "timed out")
+
+    monkeypatch.setattr(bucket, "tasks", away)
+    monkeypatch.setattr(bucket, "look", away)
+    with pytest.raises(StoreUnreachable):
+        await listed.get("mood")
+    assert await listed.get("known") == known

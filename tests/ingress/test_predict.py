@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 from ray.exceptions import RayTaskError
-from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers, processors
 
 from adapters.directory import Directory
 from adapters.errors import AdapterChanged, AdapterRefused
@@ -22,28 +20,8 @@ from deployments.ingress.wire import PredictRequest
 from deployments.rows import Facts, ProblemType
 from deployments.tokens import Tokenizer
 
-NUM_WORDS = 1000
+NUM_WORDS = 1000  # of the tokenizer of these tests
 CLS, SEP = NUM_WORDS + 1, NUM_WORDS + 2
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> Tokenizer:
-    """Its ids spell the words: w17 is 17."""
-    words = {f"w{n}": n for n in range(NUM_WORDS)}
-    specials = {"[UNK]": NUM_WORDS, "[CLS]": CLS, "[SEP]": SEP}
-    backend = Backend(models.WordLevel(words | specials, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.BertProcessing(("[SEP]", SEP), ("[CLS]", CLS))
-    return Tokenizer(
-        {
-            "backend": backend.to_str(),
-            "max_length": 512,
-            "truncation_side": "right",
-            "split_special_tokens": False,
-            "type_ids": True,
-            "unk_id": NUM_WORDS,
-        }
-    )
 
 
 def score(ids: list[int]) -> float:
