@@ -14,11 +14,15 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from adapters.directory import Directory
 from adapters.rules import ProblemType
-from adapters.store import open_store
+from adapters.store import GOLDEN, open_store
 from deployments.config import Args, tokenize_without_pool
 from deployments.errors import INTERNAL, BatchLoopDied, NotReady, to_problem
-from deployments.ingress.predict import Answers, Encodings, Predictor
+from deployments.ingress.calls import Answers, Encodings
+from deployments.ingress.folders import Folders
+from deployments.ingress.golden import MAX_GOLDEN_BYTES, try_golden
+from deployments.ingress.predict import Predictor
 from deployments.ingress.routes import make_api
 from deployments.ingress.tasks import Tasks
 from deployments.ingress.wire import to_request
@@ -26,6 +30,9 @@ from deployments.rows import Facts
 from deployments.tokens import Tokenizer
 
 logger = logging.getLogger("ray.serve")
+
+# An object store is listed once in so long at most for names that nobody knows.
+_LIST_EVERY_S = 1.0
 
 
 class Ingress:
@@ -38,7 +45,12 @@ class Ingress:
         tokenize_without_pool()
         self._model = model
         self._args = args
-        self._tasks = Tasks(open_store(args.adapter_store), self._describe)
+        self._store = open_store(args.adapter_store)
+        looks = isinstance(self._store, Directory)
+        folders = Folders(
+            self._store, self._describe, list_every_s=None if looks else _LIST_EVERY_S
+        )
+        self._tasks = Tasks(folders, self._describe)
         self._tokenizer = await self._fetch_tokenizer()
         self._predictor = Predictor(
             self._tasks, self._tokenizer, self._ask, max_rows=args.max_request_rows
@@ -59,6 +71,7 @@ class Ingress:
         texts: Any,
         return_scores: bool = False,
         threshold: float | None = None,
+        routing_key: str | None = None,
     ) -> dict[str, Any]:
         """Answer a handle call with the same plain dict as HTTP.
 
@@ -69,6 +82,7 @@ class Ingress:
             return_scores: Whether each result has its probabilities.
             threshold: Under it a single label is "Uncertain", one of several labels and an entity
                 are left out; the task's own if None.
+            routing_key: Calls with the same one are answered by the same version.
 
         Raises:
             LookupError: There is no such task.
@@ -77,7 +91,7 @@ class Ingress:
         """
         try:
             request = to_request(texts, return_scores=return_scores, threshold=threshold)
-            return await self._predictor.predict(task, request)
+            return await self._predictor.predict(task, request, routing_key)
         except Exception as error:
             problem = to_problem(error)
             if problem is None:
@@ -85,8 +99,28 @@ class Ingress:
             # Builtin exceptions only: the caller may have ray and none of our code.
             raise (problem or INTERNAL).exception() from None
 
-    async def _describe(self, task: str) -> Facts:
-        facts: Facts = await _reach(lambda: self._model.describe.remote(task))
+    async def try_golden(self, task: str, version: str, rules: dict[str, Any]) -> list[str]:
+        """Run a version's golden.jsonl, if it has one, under rules laid over its own.
+
+        Returns:
+            A sentence for each line that misses; empty if all hold, or there is no such file.
+
+        Raises:
+            NotReady: No model replica could be asked.
+            AdapterError: The version cannot be had.
+        """
+        content = await asyncio.to_thread(
+            self._store.read_file, task, version, GOLDEN, MAX_GOLDEN_BYTES
+        )
+        if content is None:
+            return []
+        facts = await self._describe(task, version, rules)
+        return await try_golden(content, facts, self._predictor.runs)
+
+    async def _describe(
+        self, task: str, version: str | None = None, rules: dict[str, Any] | None = None
+    ) -> Facts:
+        facts: Facts = await _reach(lambda: self._model.describe.remote(task, version, rules))
         return facts
 
     async def _ask(

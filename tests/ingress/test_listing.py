@@ -7,6 +7,7 @@ import pytest
 
 from adapters.directory import Directory
 from adapters.errors import AdapterRefused
+from deployments.ingress.folders import Folders
 from deployments.ingress.routes import make_api
 from deployments.ingress.tasks import Tasks
 from deployments.rows import Facts
@@ -28,7 +29,7 @@ async def http(
             raise AdapterRefused(task, ["no head"])
         return make_facts(task=task, version=store.read(task).version)
 
-    tasks = Tasks(store, describe, settle_s=0)
+    tasks = Tasks(Folders(store, describe, settle_s=0), describe)
     api = make_api(tasks, None, default_task=None, max_body_bytes=1024)
     transport = httpx2.ASGITransport(app=api)
     async with httpx2.AsyncClient(transport=transport, base_url="http://here") as client:
