@@ -93,6 +93,12 @@ class Args(BaseModel):
         "one and computes with its share of its node's, less one for all that is no forward.",
     )
 
+    on_lost_catalog: Literal["refuse", "serve"] = Field(
+        "refuse",
+        description="What an ingress does that for 5 s has reached neither the catalog nor the "
+        "store: it answers 503, or goes on by what it knows and says so in its answers.",
+    )
+
     max_request_rows: Annotated[int, Field(ge=1)] = Field(
         1024, description="Most texts a request, and most windows of all its texts."
     )

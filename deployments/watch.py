@@ -25,6 +25,11 @@ class Watch:
     """Follows the catalog by long polls; while it is away, by the store that it writes to.
 
     Owned by one event loop. Whoever asks for `snapshot` waits for nobody.
+
+    Attributes:
+        name: This watcher's, nobody else's.
+        snapshot: The one that is held.
+        away: Whether the catalog did not answer the last poll.
     """
 
     def __init__(
@@ -32,6 +37,7 @@ class Watch:
         read: Callable[[], Snapshot],
         poll: Poll,
         prepare: Prepare,
+        hold: Callable[[Snapshot], None] = lambda _: None,
         *,
         prepare_s: float = 2.0,
         patience_s: float = 3.0,
@@ -44,15 +50,17 @@ class Watch:
             poll: Asks the catalog, as `deployments.catalog.feed.Feed.page` answers.
             prepare: Awaited with (old, new, names of the tasks that differ) before the new
                 snapshot is held.
+            hold: Called with it as it is.
             prepare_s: Longest that a new snapshot waits for that.
             patience_s: How much longer than `POLL_S` a poll may take.
             every_s: How often the store is read while the catalog is away.
         """
-        self._read, self._poll, self._prepare = read, poll, prepare
+        self._read, self._poll = read, poll
+        self._prepare, self._hold = prepare, hold
         self._prepare_s, self._patience_s, self._every_s = prepare_s, patience_s, every_s
-        self._name = uuid.uuid4().hex
+        self.name = uuid.uuid4().hex
         self._contact_s = time.monotonic()
-        self._away = False
+        self.away = False
         self._installed = asyncio.Condition()
         self._loop: asyncio.Task[None] | None = None
         self.snapshot = Snapshot()
@@ -113,7 +121,7 @@ class Watch:
 
     async def _one_page(self, revision: int, after: str) -> Page:
         return await asyncio.wait_for(
-            self._poll(self._name, revision, after), POLL_S + self._patience_s
+            self._poll(self.name, revision, after), POLL_S + self._patience_s
         )
 
     async def _look(self) -> None:
@@ -137,12 +145,13 @@ class Watch:
                 logger.warning("catalog revision=%d is held unprepared: %r", new.revision, error)
             async with self._installed:
                 self.snapshot = new
+                self._hold(new)
                 self._installed.notify_all()
         self._contact_s = time.monotonic()
 
     def _told(self, *, away: bool, why: Exception | None = None) -> None:
         """Say once that the catalog went, or came back."""
-        if away != self._away:
-            self._away = away
+        if away != self.away:
+            self.away = away
             state = f"away, reading the store instead: {why!r}" if away else "back"
             logger.warning("catalog=%s revision=%d", state, self.snapshot.revision)
