@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -91,24 +91,25 @@ async def _misses(lines: Sequence[tuple[int, GoldenLine]], facts: Facts, runs: R
     ]
 
 
-def _compare(line: GoldenLine, judged: Judged, labels: list[str]) -> Iterator[str]:
-    """Say which scores are further off than they may be."""
+def _compare(line: GoldenLine, judged: Judged, labels: list[str]) -> list[str]:
+    """Say which score is furthest off, if it is further than it may be."""
     expected = line.scores
     if isinstance(expected, list):
         if len(expected) != len(labels):
-            yield f"it has {len(expected)} scores, the task {len(labels)} labels"
-            return
+            return [f"it has {len(expected)} scores, the task {len(labels)} labels"]
         expected = dict(zip(labels, expected, strict=True))
-    for label, score in expected.items():
-        if label not in judged.scores:
-            yield f"{label!r} is no label of the task, whose labels are {', '.join(labels)}"
-            continue
-        found = judged.scores[label]
-        if not abs(found - score) <= line.tolerance:
-            yield (
-                f"{label!r} is {found:.6g} here and {score:.6g} in the file, "
-                f"{abs(found - score):.3g} apart, over the tolerance of {line.tolerance:.3g}"
-            )
+    unknown = [label for label in expected if label not in judged.scores]
+    if unknown:
+        return [f"{unknown[0]!r} is no label of the task, whose labels are {', '.join(labels)}"]
+    apart = {label: abs(judged.scores[label] - score) for label, score in expected.items()}
+    misses = [label for label in apart if not apart[label] <= line.tolerance]  # NaN is one
+    if not misses:
+        return []
+    label = max(misses, key=apart.__getitem__)
+    return [
+        f"{label!r} is {judged.scores[label]:.6g} here and {expected[label]:.6g} in the file, "
+        f"{apart[label]:.3g} apart, over the tolerance of {line.tolerance:.3g}"
+    ]
 
 
 def _at(number: int, problem: str) -> str:
