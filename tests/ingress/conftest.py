@@ -24,6 +24,7 @@ GOOD: Facts = {
     "aggregation": None,
     "pair": False,
     "guessed": [],
+    "rules": "44136fa3",
     "method": "lora",
     "rank": 8,
     "targets": ["query"],

@@ -18,7 +18,7 @@ from adapters.errors import AdapterChanged, AdapterIncomplete, AdapterRefused, T
 from adapters.store import WEIGHTS, Files
 from deployments.config import Args
 from deployments.errors import BatchLoopDied
-from deployments.model import deployment
+from deployments.model import residents
 from deployments.model.deployment import Model
 
 Make = Callable[..., PeftModel]
@@ -59,7 +59,7 @@ async def start(base: str, store: Counting, **given: Any) -> Model:
     await model.__init__(
         Args(base_model=base, adapter_store=str(store.root), device="cpu", num_cpus=1, **given)
     )
-    model.store = store
+    model.residents.reader.store = store
     return model
 
 
@@ -105,7 +105,7 @@ async def test_a_refused_folder_is_tried_again_after_a_while(
     model: Model, store: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_(store, "mood", use_qalora=True)
-    monkeypatch.setattr(model.failures, "_first_s", 0.05)
+    monkeypatch.setattr(model.residents.reader.failures, "_first_s", 0.05)
     for _ in range(2):
         with pytest.raises(AdapterRefused):
             await model.describe("mood")
@@ -163,14 +163,14 @@ async def test_what_was_prefetched_is_not_read_again(model: Model, store: Counti
 async def test_a_prefetch_beside_rows_takes_its_share_of_the_time_only(
     model: Model, store: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deployment, "_PREFETCH_SHARE", 0.001)  # of a load of milliseconds: seconds
+    monkeypatch.setattr(residents, "_PREFETCH_SHARE", 0.001)  # of a load of milliseconds: seconds
     await model.describe("mood")
-    model._num_calls += 1  # as while a row is answered
+    model.residents.num_calls += 1  # as while a row is answered
     prefetch = asyncio.ensure_future(model.prefetch(["spam", "topic"]))
     await asyncio.sleep(0.3)
     assert store.reads == ["mood", "spam"]
     prefetch.cancel()
-    model._num_calls -= 1
+    model.residents.num_calls -= 1
     started_s = time.perf_counter()
     await model.prefetch(["spam", "topic"])  # and all of it where nobody waits
     assert time.perf_counter() - started_s < 1
@@ -182,10 +182,10 @@ async def test_pinned_tasks_are_in_slots_at_the_start_and_stay_there(
 ) -> None:
     model = await start(base, store, adapter_slots=2, pinned_tasks=("mood",))
     version = store.read("mood").version
-    assert f"mood@{version}" in model.slots.resident
+    assert f"mood@{version}" in model.residents.slots.resident
     for task in ("spam", "topic", "spam"):
         await ask(model, task, store.read(task).version)
-    assert f"mood@{version}" in model.slots.resident
+    assert f"mood@{version}" in model.residents.slots.resident
 
 
 async def test_a_pinned_task_that_is_refused_does_not_stop_the_start(
@@ -209,8 +209,8 @@ async def test_a_pinned_task_s_new_version_is_the_one_that_stays(
     await ask(model, "mood", new)
     for task in ("spam", "topic", "spam"):
         await ask(model, task, store.read(task).version)
-    assert f"mood@{new}" in model.slots.resident
-    assert f"mood@{old}" not in model.slots.resident
+    assert f"mood@{new}" in model.residents.slots.resident
+    assert f"mood@{old}" not in model.residents.slots.resident
 
 
 async def test_a_slot_whose_write_failed_answers_nothing_and_the_replica_is_replaced(
