@@ -5,6 +5,7 @@ Whoever writes the store may link within it; what a link has outside of it is ne
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import shutil
@@ -57,7 +58,6 @@ class Directory:
         """Take the directory; it may be empty, and need not exist yet."""
         self.root = Path(root)
         self.url = str(root)
-        self._opened_s = time.time()
 
     def tasks(self) -> list[str]:
         """Return the names of all tasks that have a plain folder or a version, sorted."""
@@ -185,12 +185,12 @@ class Directory:
             shutil.rmtree(place, ignore_errors=True)
 
     def unfinished(self, quiet_s: float = 0.0) -> list[tuple[str, str | None, str | None]]:
-        """Return stagings in which nothing changed since this store was opened."""
+        """Return the stagings that there are, or those in which nothing changed for so long."""
         found = []
-        before_s = min(self._opened_s, time.time() - quiet_s)
+        before_s = time.time() - quiet_s if quiet_s else math.inf
         for staging in sorted(os.listdir(self.root / FOLDER)) if self._has_stagings() else ():
             place = self._staged(staging)
-            if place is None or youngest_s(place) >= before_s:
+            if place is None or youngest_s(place) > before_s:
                 continue
             content = None
             with suppress(OSError):

@@ -9,7 +9,6 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from adapters.documents import open_documents
-from adapters.store import open_store
 from deployments.catalog.adoption import Adoption
 from deployments.catalog.changes import Changes
 from deployments.catalog.handles import Others
@@ -31,7 +30,7 @@ class Catalog:
         self, model: DeploymentHandle[Any], args: Args
     ) -> None:
         """Read what is true from the store; nothing in memory is the only copy of anything."""
-        store = open_store(args.adapter_store, cache=None)
+        store = args.open_store()
         writer = Writer(open_documents(args.adapter_store))
         await asyncio.to_thread(writer.refresh)
         self._usage = UsageSums()

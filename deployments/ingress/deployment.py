@@ -13,7 +13,7 @@ from ray.serve.handle import DeploymentHandle
 
 from adapters.directory import Directory
 from adapters.documents import open_documents
-from adapters.store import GOLDEN, open_store
+from adapters.store import GOLDEN
 from deployments.config import Args, tokenize_without_pool
 from deployments.errors import INTERNAL, NotReady, to_problem
 from deployments.ingress.folders import Folders
@@ -46,7 +46,7 @@ class Ingress:
         self._args = args
         self._model = ModelHandle(model)
         self._catalog = CatalogHandle(catalog)
-        self._store = open_store(args.adapter_store)
+        self._store = args.open_store()
         journal = Journal(open_documents(args.adapter_store))
         self._watch = Watch(
             lambda: journal.newest()[0], self._catalog.poll, self._prepare, self._hold
