@@ -161,9 +161,11 @@ class ObjectDocuments:
         """Take the URL of the store; nothing is asked of it yet."""
         import fsspec  # Not needed for a directory.
 
-        # Documents are small: a store that is silent for that long is away.
-        patience = {"config_kwargs": {"connect_timeout": 5, "read_timeout": 15}}
-        options = patience if url.startswith("s3://") else {}
+        # Documents are small: one request each, and a store that is silent for long is away. It
+        # is asked ten times all the same, since s3fs repeats five times what botocore repeats.
+        patience = {"connect_timeout": 3, "read_timeout": 5, "retries": {"max_attempts": 1}}
+        s3 = {"max_concurrency": 1, "config_kwargs": patience}
+        options = s3 if url.startswith("s3://") else {}
         self._files, self._root = fsspec.url_to_fs(url, use_listings_cache=False, **options)
         self._url = url
         # fsspec's memory looks whether a file is there, then makes it; threads come in between.
