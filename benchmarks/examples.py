@@ -7,7 +7,7 @@ import random
 
 import torch
 
-from adapters.store import Store
+from adapters.directory import Directory
 from benchmarks.bases import ROOT
 from deployments.config import Args
 from deployments.model.budget import Budget
@@ -19,7 +19,7 @@ from deployments.tokens import Tokenizer
 
 BASE = str(ROOT / "examples" / "base")
 STORE_FOLDER = str(ROOT / "examples" / "store")
-STORE = Store(STORE_FOLDER)
+STORE = Directory(STORE_FOLDER)
 MAX_LENGTH = 128  # as the adapters were trained
 
 

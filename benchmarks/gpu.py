@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from adapters.store import Store
+from adapters.directory import Directory
 from benchmarks.bases import with_adapters
 from benchmarks.peers.merged import answer_alone, merged_model
 from benchmarks.peers.peft_model import answer_mixed
@@ -146,7 +146,7 @@ def _compare(
         bank_bytes=base.bank_bytes,
     )
     loaded = [
-        engine.read(Store(folder / "store").read(f"a{index}"))
+        engine.read(Directory(folder / "store").read(f"a{index}"))
         for index in range(sizes.num_different)
     ]
     for slot in range(1, 1 + max(sizes.counts)):

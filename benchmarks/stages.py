@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from adapters.store import Store
+from adapters.directory import Directory
 from benchmarks.bases import TARGETS, base_folder, save_each, with_adapters
 from benchmarks.clock import Clock, watched
 from benchmarks.examples import BASE, STORE, STORE_FOLDER, example_texts
@@ -69,7 +69,7 @@ async def row_of(adapters: str, store: str, asked: Asked) -> dict[str, Any]:
         Args(base_model=BASE, adapter_store=store, quantization="int8", device="cpu")
     )
     tokenizer = Tokenizer(export_vocabulary(model.engine.encoder))
-    tasks = Tasks(Store(store), model.describe)
+    tasks = Tasks(Directory(store), model.describe)
     predictor = Predictor(tasks, tokenizer, model.predict, max_rows=TEXTS)
     await ask(predictor, asked)  # loads the adapters, and the planner learns
     profiles, bare_s = [], []

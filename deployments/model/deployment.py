@@ -20,7 +20,7 @@ from adapters.host import Host
 from adapters.pinned import Pinned
 from adapters.rules import ProblemType
 from adapters.slots import Slots
-from adapters.store import Store
+from adapters.store import open_store
 from deployments.config import GIB, Args
 from deployments.errors import BatchLoopDied
 from deployments.model.budget import Budget
@@ -56,7 +56,7 @@ class Model:
         # Thread counts are a thread's own, and Ray would leave this one a single core.
         self._device = ThreadPoolExecutor(1, "forward", torch.set_num_threads, (threads,))
         self._loads = ThreadPoolExecutor(_LOADS, "load")
-        self.store = Store(args.adapter_store)
+        self.store = open_store(args.adapter_store)
         self.failures = Failures()
         self._num_calls = 0
         self.engine = await self._on_device(_make_engine, args)

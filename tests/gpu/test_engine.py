@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
-from adapters.store import Store
+from adapters.directory import Directory
 from deployments.model import graphs
 from deployments.model.dynamic_batch import dynamic_batch
 from deployments.model.encoder import default_dtype
@@ -105,7 +105,7 @@ def test_a_slot_is_written_while_a_forward_runs(
 ) -> None:
     engine = make_engine("none")
     long, short = rows_of([120] * 200), rows_of([9])
-    store = Store(folder / "store")
+    store = Directory(folder / "store")
     other = engine.read(store.read("task2"))
     assert other.packed.pages.is_pinned()
     want, before = eagerly(engine, long), eagerly(engine, short)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from adapters.store import Store
+from adapters.directory import Directory
 from deployments.rows import Facts
 
 GOOD: Facts = {
@@ -40,8 +40,8 @@ def make_facts() -> Callable[..., Facts]:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
+def store(tmp_path: Path) -> Directory:
+    return Directory(tmp_path / "store")
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def weights() -> Callable[[int], bytes]:
 
 
 @pytest.fixture
-def write(store: Store, weights: Callable[[int], bytes]) -> Callable[..., Path]:
+def write(store: Directory, weights: Callable[[int], bytes]) -> Callable[..., Path]:
     """Put a folder into the store that looks like an adapter's; None leaves the weights out."""
 
     def write(task: str = "mood", number: int | None = 1) -> Path:

@@ -5,8 +5,8 @@ from typing import Any
 import httpx2
 import pytest
 
+from adapters.directory import Directory
 from adapters.errors import AdapterRefused
-from adapters.store import Store
 from deployments.ingress.routes import make_api
 from deployments.ingress.tasks import Tasks
 from deployments.rows import Facts
@@ -20,7 +20,7 @@ def described() -> list[str]:
 
 @pytest.fixture
 async def http(
-    store: Store, make_facts: Callable[..., Facts], described: list[str]
+    store: Directory, make_facts: Callable[..., Facts], described: list[str]
 ) -> AsyncIterator[httpx2.AsyncClient]:
     async def describe(task: str) -> Facts:
         described.append(task)

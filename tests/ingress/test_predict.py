@@ -10,8 +10,8 @@ from ray.exceptions import RayTaskError
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
 
+from adapters.directory import Directory
 from adapters.errors import AdapterChanged, AdapterRefused
-from adapters.store import Store
 from deployments.errors import BadInput
 from deployments.ingress import predict
 from deployments.ingress.predict import Answers, Encodings, Predictor
@@ -92,7 +92,7 @@ Ask = Callable[..., Any]
 
 
 @pytest.fixture
-def ask(store: Store, write: Callable[..., Path], model: Model, tokenizer: Tokenizer) -> Ask:
+def ask(store: Directory, write: Callable[..., Path], model: Model, tokenizer: Tokenizer) -> Ask:
     write()
     tasks = Tasks(store, model.describe, settle_s=0)
     predictor = Predictor(tasks, tokenizer, model.ask, max_rows=2000)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from adapters.directory import Directory
 from adapters.errors import AdapterIncomplete, AdapterRefused, TaskNotFound
-from adapters.store import Store
 from deployments.errors import NotReady
 from deployments.ingress.tasks import Tasks
 from deployments.rows import Facts
@@ -23,7 +23,7 @@ WEIGHTS = "adapter_model.safetensors"
 class Model:
     """Describes a folder as it is, as the model does, and counts how often it is asked."""
 
-    store: Store
+    store: Directory
     make_facts: Callable[..., Facts]
     asked: list[str] = field(default_factory=list)
     error: Exception | None = None
@@ -38,19 +38,19 @@ class Model:
 
 
 @pytest.fixture
-def model(store: Store, make_facts: Callable[..., Facts]) -> Model:
+def model(store: Directory, make_facts: Callable[..., Facts]) -> Model:
     model = Model(store, make_facts)
     model.open.set()
     return model
 
 
 @pytest.fixture
-def tasks(store: Store, model: Model) -> Tasks:
+def tasks(store: Directory, model: Model) -> Tasks:
     return Tasks(store, model.describe, settle_s=SETTLE_S, patience_s=1.0)
 
 
 @pytest.fixture
-def calm(store: Store, model: Model) -> Tasks:
+def calm(store: Directory, model: Model) -> Tasks:
     """Takes a folder for settled only after a time that no busy machine makes a copy pause."""
     return Tasks(store, model.describe, settle_s=0.4, patience_s=1.0)
 

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
 
-from adapters.store import Store
+from adapters.directory import Directory
 from deployments.errors import BadInput
 from deployments.ingress.predict import Answers, Encodings, Predictor
 from deployments.ingress.tasks import Tasks
@@ -78,7 +78,7 @@ def model(make_facts: Callable[..., Facts]) -> Model:
 
 
 @pytest.fixture
-def ask(store: Store, write: Callable[..., Path], model: Model, tokenizer: Tokenizer) -> Ask:
+def ask(store: Directory, write: Callable[..., Path], model: Model, tokenizer: Tokenizer) -> Ask:
     write()
     tasks = Tasks(store, model.describe, settle_s=0)
     predictor = Predictor(tasks, tokenizer, model.ask, max_rows=MAX_ROWS)

@@ -18,7 +18,8 @@ from transformers import (
     PretrainedConfig,
 )
 
-from adapters.store import WEIGHTS, Store
+from adapters.directory import Directory
+from adapters.store import WEIGHTS
 from deployments.model.engine import Engine
 from deployments.model.sites import LinearSite
 from deployments.rows import Row, Tokens
@@ -39,12 +40,12 @@ def example_base() -> str:
 
 
 @pytest.fixture(scope="session")
-def example_store() -> Store:
-    return Store(EXAMPLES / "store")
+def example_store() -> Directory:
+    return Directory(EXAMPLES / "store")
 
 
 @pytest.fixture(scope="session")
-def example_engine(example_base: str, example_store: Store) -> Callable[[str], Engine]:
+def example_engine(example_base: str, example_store: Directory) -> Callable[[str], Engine]:
     """Returns an engine of a quantisation, with the example's adapters from slot 1 on."""
 
     @cache
@@ -58,14 +59,14 @@ def example_engine(example_base: str, example_store: Store) -> Callable[[str], E
 
 
 @pytest.fixture(scope="session")
-def example_labels(example_store: Store) -> dict[str, int]:
+def example_labels(example_store: Directory) -> dict[str, int]:
     """How many labels each example task has."""
     heads = {t: load(example_store.read(t).contents[WEIGHTS]) for t in example_store.tasks()}
     return {t: len(head["base_model.model.classifier.bias"]) for t, head in heads.items()}
 
 
 @pytest.fixture(scope="session")
-def heldout(example_base: str, example_store: Store) -> dict[str, list[Row]]:
+def heldout(example_base: str, example_store: Directory) -> dict[str, list[Row]]:
     """The held-out texts of each example task, as rows for the slot of its adapter."""
     tokenizer = AutoTokenizer.from_pretrained(example_base)
     rows = {}

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from peft import PeftModel
 
+from adapters.directory import Directory
 from adapters.errors import AdapterChanged, AdapterIncomplete, AdapterRefused, TaskNotFound
-from adapters.store import WEIGHTS, Files, Store
+from adapters.store import WEIGHTS, Files
 from deployments.config import Args
 from deployments.errors import BatchLoopDied
 from deployments.model import deployment
@@ -24,16 +25,16 @@ Make = Callable[..., PeftModel]
 ROW = [([5, 6, 7], None)]
 
 
-class Counting(Store):
+class Counting(Directory):
     """A store that counts what it reads."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.reads: list[str] = []
 
-    def read(self, task: str) -> Files:
+    def read(self, task: str, version: str | None = None) -> Files:
         self.reads.append(task)
-        return super().read(task)
+        return super().read(task, version)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ async def ask(model: Model, task: str, version: str) -> list[float]:
     return scores
 
 
-def break_(store: Store, task: str, **keys: Any) -> None:
+def break_(store: Directory, task: str, **keys: Any) -> None:
     path = store.root / task / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | keys))
 
