@@ -46,7 +46,9 @@ class Access:
         if not self._open:
             raise Forbidden(f"changes are off, since there is no token; {_SET}")
         if origin is not None and not is_loopback(_host(origin)):
-            raise Forbidden(f"changes are not taken from a page of {origin!r} without a token; {_SET}")
+            raise Forbidden(
+                f"changes are not taken from a page of {origin!r} without a token; {_SET}"
+            )
         return "local"
 
 

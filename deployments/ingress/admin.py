@@ -26,7 +26,7 @@ TaskName = Annotated[str, Path(description="The task's name.")]
 VersionName = Annotated[str, Path(description="8 hex digits of the version's content.")]
 _PAGE, _LARGEST_PAGE = 100, 1000
 Limit = Annotated[int, Query(ge=1, le=_LARGEST_PAGE, description="Most entries in the answer.")]
-_ETAG = re.compile(r'"(\d{1,18})"')
+_ETAG = re.compile(r'"([0-9]{1,18})"')
 _FORM = {
     "requestBody": {
         "required": True,
@@ -89,9 +89,7 @@ def _changes(catalog: Catalog, uploads: Uploads, access: Access) -> APIRouter:
 
             async def guarded(request: Request) -> Response:
                 headers = request.headers
-                request.state.by = access.check(
-                    headers.get("authorization"), headers.get("origin")
-                )
+                request.state.by = access.check(headers.get("authorization"), headers.get("origin"))
                 return await answer(request)
 
             return guarded
@@ -178,9 +176,9 @@ def _records(catalog: Catalog, ask_replicas: AskReplicas) -> APIRouter:
 def _change(request: Request) -> dict[str, Any]:
     """Return who asks, and the condition that `If-Match` sets."""
     given = request.headers.get("if-match")
-    if given is None or given.strip() == "*":
+    if given is None or given == "*":
         return {"by": request.state.by, "if_match": None}
-    etag = _ETAG.fullmatch(given.strip())
+    etag = _ETAG.fullmatch(given)
     if etag is None:
         raise BadInput(
             f'If-Match: {given[:100]} is not one etag of a task, such as "5", and not *; '

@@ -51,6 +51,7 @@ class Ingress:
             self._predictor,
             default_task=self._args.default_task,
             max_body_bytes=self._args.max_body_bytes,
+            max_upload_bytes=self._args.max_upload_bytes,
         )
 
     async def predict(

@@ -1,8 +1,8 @@
-"""Adapters at `hf://`, through huggingface_hub and by its environment.
+"""Adapters at `hf://`, through huggingface_hub, and by all that it reads from the environment.
 
-That is HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and whatever else it reads there. Files are streamed, not downloaded into the hub's cache: the store keeps them. So neither its
-cache grows nor does a download go past our limits, and Xet's own client, whose requests nobody
-could watch, has no part in it.
+Files are streamed, not downloaded into the hub's cache: the store keeps them. So neither does that
+cache grow nor a download go past our limits, and Xet's own client, whose requests nobody could
+watch, has no part in it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Collection, Iterator
+from functools import partial
 from ipaddress import IPv6Address, IPv6Network, ip_address
 from typing import Any
 
@@ -68,7 +69,7 @@ class Hub:
         urls = {name: hf_hub_url(info.id, prefix + name, revision=revision) for name in names}
         listed = {sibling.rfilename: sibling for sibling in info.siblings or ()}
         files = [
-            RemoteFile(name, listed[prefix + name].size, lambda url=url: _stream(source, url))
+            RemoteFile(name, listed[prefix + name].size, partial(_stream, source, url))
             for name, url in urls.items()
             if prefix + name in listed
         ]
@@ -91,7 +92,7 @@ class Hub:
             ) from None
         folder = os.path.join(root, source.folder)
         files = [
-            RemoteFile(name, os.path.getsize(path), lambda path=path: _read(path))
+            RemoteFile(name, os.path.getsize(path), partial(_read, path))
             for name in names
             if os.path.isfile(path := os.path.join(folder, name))
         ]
@@ -170,8 +171,8 @@ def _resolved(source: Source, repository: str, revision: str) -> Source:
 
 def _not_public(url: httpx2.URL) -> Forbidden:
     return Forbidden(
-        f"the hub sends us to {url.scheme}://{url.netloc.decode('ascii')}, which is neither its own "
-        "address nor a public one; nothing was read there"
+        f"the hub sends us to {url.scheme}://{url.netloc.decode('ascii')}, which is neither its "
+        "own address nor a public one; nothing was read there"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 from deployments.errors import NotReady, TooLarge
@@ -84,7 +84,7 @@ class Download(io.RawIOBase):
         super().close()
 
 
-def _counted(file: RemoteFile, allowance: Allowance) -> Iterator[bytes]:
+def _counted(file: RemoteFile, allowance: Allowance) -> Generator[bytes, None, None]:
     num_bytes = 0
     for chunk in file.chunks():
         num_bytes += len(chunk)

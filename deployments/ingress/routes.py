@@ -31,11 +31,16 @@ After = Annotated[str, Query(description="The last task of the page before: its 
 
 
 def make_api(
-    tasks: Tasks, predictor: Predictor, *, default_task: str | None, max_body_bytes: int
+    tasks: Tasks,
+    predictor: Predictor,
+    *,
+    default_task: str | None,
+    max_body_bytes: int,
+    max_upload_bytes: int,
 ) -> FastAPI:
     """Return the HTTP application over a predictor and its tasks."""
     api = FastAPI(title="onebase", description="One base model, every task.", redoc_url=None)
-    api.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    api.add_middleware(BodyLimit, max_bytes=max_body_bytes, max_upload_bytes=max_upload_bytes)
     api.add_exception_handler(RequestValidationError, _invalid)
     api.add_exception_handler(HTTPException, _http)
     # By name, since Starlette also raises on what the handler of Exception has answered: Serve

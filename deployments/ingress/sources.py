@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import logging
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from stat import S_ISREG
 
 import fsspec
 
 from adapters.errors import AdapterError
-from adapters.store import CONFIG, GOLDEN, READ, Store
+from adapters.staging import STAGED
+from adapters.store import CONFIG, Store
 from deployments.errors import BadInput, Forbidden, NotReady, RequestError
 from deployments.ingress.hub import Hub
 from deployments.ingress.remote import CHUNK_BYTES, Allowance, Download, RemoteFile
@@ -20,7 +22,6 @@ from deployments.source import Source, is_allowed
 
 logger = logging.getLogger("ray.serve")
 
-NAMES = (*READ, GOLDEN)
 _MAX_FETCH_S = 900.0
 
 
@@ -79,7 +80,7 @@ class Sources:
         if source.scheme != "hf":
             return source, _find_objects(source)
         assert self._hub is not None  # one of the prefixes was the hub's
-        found, files = self._hub.find(source, NAMES)
+        found, files = self._hub.find(source, STAGED)
         if found.repository != source.repository:
             moved = source.path.replace(source.repository, found.repository, 1)
             self._check(Source("hf", moved), source)
@@ -88,7 +89,9 @@ class Sources:
     def _check(self, source: Source, asked: Source) -> None:
         if not is_allowed(source, self._allowed):
             said = "" if source == asked else f" is now {source}, which"
-            raise Forbidden(f"{asked}{said} is not in allowed_sources; whoever runs the server may add it")
+            raise Forbidden(
+                f"{asked}{said} is not in allowed_sources; whoever runs the server may add it"
+            )
 
     def _find_local(self, source: Source) -> list[RemoteFile]:
         folder = os.path.realpath(source.path)
@@ -98,7 +101,7 @@ class Sources:
             if source.begins_with(prefix)
         ]
         files = []
-        for name in NAMES:
+        for name in STAGED:
             path = os.path.realpath(os.path.join(folder, name))
             if not any(os.path.commonpath((path, root)) == root for root in roots):
                 raise Forbidden(f"{name} of {source} lies outside of allowed_sources, by a link")
@@ -106,7 +109,7 @@ class Sources:
                 stat = os.stat(path)
                 if not S_ISREG(stat.st_mode):
                     raise BadInput(f"{name} of {source} is not a file")
-                files.append(RemoteFile(name, stat.st_size, lambda path=path: _read(path)))
+                files.append(RemoteFile(name, stat.st_size, partial(_read, path)))
         return files
 
 
@@ -122,11 +125,7 @@ def _find_objects(source: Source) -> list[RemoteFile]:
             while chunk := file.read(CHUNK_BYTES):
                 yield chunk
 
-    return [
-        RemoteFile(name, sizes[name], lambda name=name: read(name))
-        for name in NAMES
-        if name in sizes
-    ]
+    return [RemoteFile(name, sizes[name], partial(read, name)) for name in STAGED if name in sizes]
 
 
 def _read(path: str) -> Iterator[bytes]:

@@ -6,20 +6,20 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from starlette.datastructures import FormData, UploadFile
 from starlette.requests import ClientDisconnect, Request
 
 from adapters.errors import TASK_NAME, AdapterIncomplete, AdapterRefused, TaskNotFound
-from adapters.store import GOLDEN, READ, Store
+from adapters.staging import STAGED
+from adapters.store import Store
 from deployments.errors import BadInput, to_problem
 from deployments.ingress.changes import Catalog, CatalogLost
 from deployments.ingress.sources import Sources
 
 logger = logging.getLogger("ray.serve")
 
-_NAMES = (*READ, GOLDEN)
 _PART = "files"
 # Slow sources must not hold the threads that tokenise for everybody else.
 _STAGED_AT_ONCE = 4
@@ -55,15 +55,13 @@ class Uploads:
             raise BadInput(f"send multipart/form-data, with a part named {_PART!r} for each file")
         try:
             # One over, so that what is too much is named by us.
-            async with request.form(max_files=len(_NAMES) + 1, max_fields=1) as form:
+            async with request.form(max_files=len(STAGED) + 1, max_fields=1) as form:
                 files = to_files(form)
 
                 def stage() -> tuple[str, str]:
                     return self._store.stage(files), "upload"
 
-                return await self._publish(
-                    task, stage, by=by, activate=activate, if_match=if_match
-                )
+                return await self._publish(task, stage, by=by, activate=activate, if_match=if_match)
         except ClientDisconnect:
             raise BadInput("the connection ended before all of the upload had come") from None
 
@@ -130,15 +128,15 @@ def to_files(form: FormData) -> dict[str, BinaryIO]:
     for part, value in form.multi_items():
         if part != _PART or not isinstance(value, UploadFile):
             problems.append(f"the part {part!r} is not a file named {_PART!r}")
-        elif (name := value.filename or "") not in _NAMES:
+        elif (name := value.filename or "") not in STAGED:
             odd.append(name)
         elif name in files:
             problems.append(f"{name} comes twice")
         else:
-            files[name] = cast(BinaryIO, value.file)
+            files[name] = value.file
     if odd:
         told = ", ".join(repr(name[:100]) for name in odd)
-        problems.append(f"it has {told}, and takes only {', '.join(_NAMES)}, without a folder")
+        problems.append(f"it has {told}, and takes only {', '.join(STAGED)}, without a folder")
     if not files and not problems:
         problems.append(f"it has no file; send a part named {_PART!r} for each")
     if problems:

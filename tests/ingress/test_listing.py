@@ -29,7 +29,7 @@ async def http(
         return make_facts(task=task, version=store.read(task).version)
 
     tasks = Tasks(store, describe, settle_s=0)
-    api = make_api(tasks, None, default_task=None, max_body_bytes=1024)
+    api = make_api(tasks, None, default_task=None, max_body_bytes=1024, max_upload_bytes=1024)
     transport = httpx2.ASGITransport(app=api)
     async with httpx2.AsyncClient(transport=transport, base_url="http://here") as client:
         yield client
