@@ -14,15 +14,19 @@ from ray.serve.handle import DeploymentHandle
 from adapters.directory import Directory
 from adapters.documents import open_documents
 from adapters.store import GOLDEN
-from deployments.config import Args, tokenize_without_pool
+from deployments.config import Args, admin_token, tokenize_without_pool
 from deployments.errors import INTERNAL, NotReady, to_problem
+from deployments.ingress.access import Access
+from deployments.ingress.admin import add_change_routes
 from deployments.ingress.folders import Folders
 from deployments.ingress.golden import MAX_GOLDEN_BYTES, try_golden
 from deployments.ingress.handles import CatalogHandle, ModelHandle
 from deployments.ingress.predict import Predictor
 from deployments.ingress.routes import make_api
+from deployments.ingress.sources import Sources
 from deployments.ingress.tasks import Tasks
 from deployments.ingress.wire import to_request
+from deployments.internals import bind_host
 from deployments.journal import Journal
 from deployments.snapshot import Snapshot
 from deployments.tokens import Tokenizer
@@ -70,13 +74,24 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP application; Ray Serve calls this after the constructor."""
-        return make_api(
+        args = self._args
+        api = make_api(
             self._tasks,
             self._predictor,
-            default_task=self._args.default_task,
-            max_body_bytes=self._args.max_body_bytes,
+            default_task=args.default_task,
+            max_body_bytes=args.max_body_bytes,
+            max_upload_bytes=args.max_upload_bytes,
             usage=self._catalog.usage,
         )
+        add_change_routes(
+            api,
+            self._catalog,
+            self._store,
+            Access(bind_host(), admin_token()),
+            Sources(args.allowed_sources, self._store, max_bytes=args.max_upload_bytes),
+            self._model.residency,
+        )
+        return api
 
     async def predict(
         self,

@@ -40,6 +40,7 @@ def make_api(
     *,
     default_task: str | None,
     max_body_bytes: int,
+    max_upload_bytes: int,
     usage: AskUsage | None = None,
 ) -> FastAPI:
     """Return the HTTP application.
@@ -49,10 +50,11 @@ def make_api(
         predictor: Who answers for them.
         default_task: The task of `POST /predict`, which is not there if this is None.
         max_body_bytes: Largest body of a request.
+        max_upload_bytes: Largest upload of a version.
         usage: Asks the catalog what was counted; None where there is none.
     """
     api = FastAPI(title="onebase", description="One base model, every task.", redoc_url=None)
-    api.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    api.add_middleware(BodyLimit, max_bytes=max_body_bytes, max_upload_bytes=max_upload_bytes)
     api.add_exception_handler(RequestValidationError, _invalid)
     api.add_exception_handler(HTTPException, _http)
     # By name, since Starlette also raises on what the handler of Exception has answered: Serve

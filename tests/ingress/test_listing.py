@@ -46,7 +46,9 @@ async def http(tasks: Tasks, usage: dict[str, Any]) -> AsyncIterator[httpx2.Asyn
     async def ask_usage(names: list[str]) -> dict[str, Any] | None:
         return None if "away" in usage else {n: usage[n] for n in names if n in usage}
 
-    api = make_api(tasks, None, default_task=None, max_body_bytes=1024, usage=ask_usage)
+    api = make_api(
+        tasks, None, default_task=None, max_body_bytes=1024, max_upload_bytes=1024, usage=ask_usage
+    )
     transport = httpx2.ASGITransport(app=api)
     async with httpx2.AsyncClient(transport=transport, base_url="http://here") as client:
         yield client
