@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-from adapters.objects import ObjectDocuments
+from adapters.object_documents import ObjectDocuments
 
 # What link(2) says where a file system has none: FAT, SMB, some FUSE.
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}

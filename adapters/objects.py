@@ -1,115 +1,135 @@
-"""Documents in an object store, as `adapters/documents.py` says what they are."""
+"""The objects of an object store, asked for again when the network stumbles. No torch.
+
+All calls block: fsspec's async file systems work in a thread of their own, which is waited for.
+What does not answer is told after a minute or so.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import threading
+import hashlib
+import random
 import time
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
-_WAITS_S = (0.05, 0.2, 0.5, 1.0)
-_MEMORY = threading.Lock()
+from adapters.errors import StoreUnreachable
+
+T = TypeVar("T")
+_WAITS_S = (0.2, 0.6, 1.8)
+# s3fs and botocore would each try five times in every try of ours.
+_S3 = {
+    "max_concurrency": 2,  # parts of 50 MiB in RAM at a time
+    "config_kwargs": {
+        "connect_timeout": 5,
+        "read_timeout": 15,
+        "retries": {"total_max_attempts": 1},
+    },
+}
 
 
-class ObjectDocuments:
-    """Documents in an object store that fsspec reaches.
+@dataclass(frozen=True, slots=True)
+class Object:
+    """An object as a listing shows it.
 
-    A document is one conditional PUT (`If-None-Match: *` on S3, a generation of 0 on GCS). A store
-    that does not know the condition would overwrite without a word; it is found out, and refused.
+    Attributes:
+        num_bytes: Its size.
+        mark: A number made of its etag and time: another one for another content.
+        changed_s: When it was written, in seconds since the epoch.
     """
 
+    num_bytes: int
+    mark: int
+    changed_s: float
+
+
+class Objects:
+    """What lies below a URL. All calls block; all raise StoreUnreachable after a few tries."""
+
     def __init__(self, url: str) -> None:
-        """Take the URL of the store; nothing is asked of it yet."""
-        import fsspec  # Not needed for a directory.
+        """Take the URL; nothing is asked of it yet."""
+        import fsspec  # not needed for a directory
 
-        # Documents are small: one request each, and a store that is silent for long is away. s3fs
-        # tries five times where there is no answer, and what answers with a fault is asked below.
-        patience = {"connect_timeout": 3, "read_timeout": 5, "retries": {"max_attempts": 0}}
-        s3 = {"max_concurrency": 1, "config_kwargs": patience}
-        options = s3 if url.startswith("s3://") else {}
-        self._files, self._root = fsspec.url_to_fs(url, use_listings_cache=False, **options)
+        is_s3 = url.startswith("s3://")
+        # An instance of our own: others in this process may have other options.
+        self._files, root = fsspec.url_to_fs(
+            url, use_listings_cache=False, skip_instance_cache=True, **(_S3 if is_s3 else {})
+        )
+        if is_s3:
+            self._files.retries = 1
+        self._root = root.rstrip("/")
         self._url = url
-        # fsspec's memory looks whether a file is there, then makes it; threads come in between.
-        self._turn = _MEMORY if url.startswith("memory://") else contextlib.nullcontext()
-        self._is_fit = False
 
-    def create(self, path: str, content: bytes) -> None:
-        """See `Documents.create`."""
-        if not self._is_fit:
-            self._try_out(f"{path.rpartition('/')[0]}/.create-only")
-        if self._put(path, content):
-            return
-        with contextlib.suppress(FileNotFoundError):
-            if self.read(path) == content:
-                return
-        raise FileExistsError(errno.EEXIST, "it is there already", path)
-
-    def read(self, path: str) -> bytes:
-        """See `Documents.read`."""
-        content: bytes = self._ask(lambda: self._files.cat_file(f"{self._root}/{path}"))
-        return content
-
-    def names(self, folder: str) -> list[str]:
-        """See `Documents.names`."""
+    def below(self, prefix: str) -> dict[str, Object]:
+        """List what begins with a prefix, as it is now: name after the prefix -> object."""
+        begin = f"{self._root}/{prefix}"
+        found: dict[str, dict[str, Any]]
         try:
-            found = self._ask(lambda: self._files.ls(f"{self._root}/{folder}", detail=True))
+            found = self._ask(lambda: self._files.find(self._root, prefix=prefix, detail=True))
         except FileNotFoundError:
-            return []
-        names = [one["name"].rpartition("/")[2] for one in found if one["type"] == "file"]
-        return [name for name in names if name and not name.startswith(".")]
+            raise StoreUnreachable(self._url, "there is no such bucket") from None
+        return {
+            name[len(begin) :]: _to_object(info)
+            for name, info in found.items()
+            if name.startswith(begin)  # memory:// lists all
+        }
 
-    def delete(self, path: str) -> None:
-        """See `Documents.delete`."""
-        with contextlib.suppress(FileNotFoundError):
-            self._ask(lambda: self._files.rm_file(f"{self._root}/{path}"))
-
-    def _put(self, path: str, content: bytes) -> bool:
-        """Make an object; return False if there is one."""
-        name = f"{self._root}/{path}"
-        try:
-            with self._turn:
-                self._ask(lambda: self._files.pipe_file(name, content, mode="create"))
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if _http_status(error) != 412:
-                raise
-            return False
-        return True
-
-    def _ask(self, call: Callable[[], Any]) -> Any:
-        """Ask, and ask again while the store is at fault, or busy with another writer (409).
+    def fetch(self, name: str, num_bytes: int) -> bytes:
+        """Return an object that a listing showed with so many bytes; no more are ever fetched.
 
         Raises:
-            OSError: And nothing else; what S3's client raises has other parents.
+            FileNotFoundError: It is gone.
         """
+        if num_bytes == 0:
+            return b""
+
+        def fetch() -> bytes:
+            content: bytes = self._files.cat_file(f"{self._root}/{name}", start=0, end=num_bytes)
+            if len(content) != num_bytes:
+                raise OSError(f"{name} came with {len(content)} of {num_bytes} bytes")
+            return content
+
+        return self._ask(fetch)
+
+    def put(self, name: str, path: Path) -> None:
+        """Write an object, from a local file."""
+        self._ask(lambda: self._files.put_file(str(path), f"{self._root}/{name}"))
+
+    def put_bytes(self, name: str, content: bytes) -> None:
+        """Write a small object."""
+        self._ask(lambda: self._files.pipe_file(f"{self._root}/{name}", content))
+
+    def copy(self, name: str, to: str) -> None:
+        """Copy an object, within the store."""
+        self._ask(lambda: self._files.cp_file(f"{self._root}/{name}", f"{self._root}/{to}"))
+
+    def delete(self, name: str) -> None:
+        """Remove an object; one that is gone already is no error."""
+        with suppress(FileNotFoundError):
+            self._ask(lambda: self._files.rm_file(f"{self._root}/{name}"))
+
+    def _ask(self, call: Callable[[], T]) -> T:
         for wait_s in (*_WAITS_S, None):
             try:
                 return call()
-            except OSError as error:
-                status = _http_status(error) or 0
-                if wait_s is None or (status != 409 and status < 500):
-                    raise
-                time.sleep(wait_s)
+            except FileNotFoundError:
+                raise
+            except PermissionError as error:
+                raise StoreUnreachable(self._url, str(error)) from None
             except Exception as error:
-                text = f"{self._url} could not be asked: {error}"
-                raise OSError(errno.EIO, text) from error
-        raise AssertionError("the last attempt returns or raises")
-
-    def _try_out(self, path: str) -> None:
-        if self._put(path, b"{}") and self._put(path, b"{}"):
-            raise OSError(
-                errno.EOPNOTSUPP,
-                f"{self._url} overwrites objects in spite of If-None-Match, so that a catalog in "
-                "it could lose changes; use a store that knows conditional writes",
-            )
-        self._is_fit = True
+                # Whatever package it is of: a 500, a timeout, a body that ended early.
+                if wait_s is None:
+                    raise StoreUnreachable(self._url, str(error) or repr(error)) from error
+                # Replicas that start together must not come back together.
+                time.sleep(wait_s * random.uniform(0.5, 1.5))
+        raise AssertionError("the last try returns or raises")
 
 
-def _http_status(error: OSError) -> int | None:
-    """Return the HTTP status that S3 gave as the cause of an error, None if there is none."""
-    response: dict[str, Any] = getattr(error.__cause__, "response", {})
-    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    return status if isinstance(status, int) else None
+def _to_object(info: dict[str, Any]) -> Object:
+    changed = info.get("LastModified") or info.get("mtime") or info.get("created") or 0.0
+    changed_s = changed if isinstance(changed, int | float) else changed.timestamp()
+    told = f"{info.get('ETag') or info.get('etag')} {changed_s}".encode()
+    mark = int.from_bytes(hashlib.sha256(told).digest()[:6])  # JSON's numbers have 53 bits
+    return Object(int(info["size"]), mark, float(changed_s))

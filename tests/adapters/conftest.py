@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save
 
 from adapters.artifact import Artifact, read_artifact
+from adapters.directory import Directory
 from adapters.errors import AdapterRefused
 from adapters.geometry import Geometry, Graph, HeadShape, SiteShape
-from adapters.store import Store
 
 PREFIX = "base_model.model."
 
@@ -93,12 +93,14 @@ def write(tmp_path: Path, config: dict[str, Any], tensors: dict[str, torch.Tenso
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
+def store(tmp_path: Path) -> Directory:
+    return Directory(tmp_path / "store")
 
 
 @pytest.fixture
-def read(write: Callable[..., Path], store: Store, geometry: Geometry) -> Callable[..., Artifact]:
+def read(
+    write: Callable[..., Path], store: Directory, geometry: Geometry
+) -> Callable[..., Artifact]:
     def read(
         *, geometry: Geometry = geometry, base_sha256: str | None = None, **files: Any
     ) -> Artifact:

@@ -1,5 +1,6 @@
 import json
-from collections.abc import Callable, Collection, Iterator
+import shutil
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,10 @@ from transformers import (
     PretrainedConfig,
 )
 
-from adapters.store import WEIGHTS, Store
+from adapters.directory import Directory
+from adapters.store import WEIGHTS
+from deployments.config import Args
+from deployments.model.deployment import Model
 from deployments.model.engine import Engine
 from deployments.model.sites import LinearSite
 from deployments.rows import Row, Tokens
@@ -39,12 +43,12 @@ def example_base() -> str:
 
 
 @pytest.fixture(scope="session")
-def example_store() -> Store:
-    return Store(EXAMPLES / "store")
+def example_store() -> Directory:
+    return Directory(EXAMPLES / "store")
 
 
 @pytest.fixture(scope="session")
-def example_engine(example_base: str, example_store: Store) -> Callable[[str], Engine]:
+def example_engine(example_base: str, example_store: Directory) -> Callable[[str], Engine]:
     """Returns an engine of a quantisation, with the example's adapters from slot 1 on."""
 
     @cache
@@ -58,14 +62,14 @@ def example_engine(example_base: str, example_store: Store) -> Callable[[str], E
 
 
 @pytest.fixture(scope="session")
-def example_labels(example_store: Store) -> dict[str, int]:
+def example_labels(example_store: Directory) -> dict[str, int]:
     """How many labels each example task has."""
     heads = {t: load(example_store.read(t).contents[WEIGHTS]) for t in example_store.tasks()}
     return {t: len(head["base_model.model.classifier.bias"]) for t, head in heads.items()}
 
 
 @pytest.fixture(scope="session")
-def heldout(example_base: str, example_store: Store) -> dict[str, list[Row]]:
+def heldout(example_base: str, example_store: Directory) -> dict[str, list[Row]]:
     """The held-out texts of each example task, as rows for the slot of its adapter."""
     tokenizer = AutoTokenizer.from_pretrained(example_base)
     rows = {}
@@ -106,6 +110,30 @@ def tiny_config() -> BertConfig:
 @pytest.fixture(scope="session")
 def tiny_base(save_base: Callable[..., str], tiny_config: BertConfig) -> str:
     return save_base(BertModel, tiny_config)
+
+
+@pytest.fixture(scope="session")
+def served_base(example_base: str, tiny_base: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny base with a tokenizer beside it, as the deployment needs one."""
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    shutil.copytree(tiny_base, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
+        shutil.copy(Path(example_base) / name, folder)
+    return str(folder)
+
+
+@pytest.fixture
+def start_model(served_base: str) -> Callable[..., Awaitable[Model]]:
+    """Starts the deployment's class as Serve would, over a store."""
+
+    async def start(store: Directory, **given: Any) -> Model:
+        model = object.__new__(Model)
+        given = {"device": "cpu", "num_cpus": 1} | given
+        await model.__init__(Args(base_model=served_base, adapter_store=store.url, **given))
+        model.residents.reader.store = store
+        return model
+
+    return start
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from adapters.directory import Directory
 from adapters.errors import AdapterIncomplete, AdapterRefused, TaskNotFound
-from adapters.store import Look, Store
+from adapters.folder import look
+from adapters.store import Look
 
 Write = Callable[..., Path]
 WEIGHTS = "adapter_model.safetensors"
@@ -28,7 +30,7 @@ class Bomb:
         return open, (str(self.path), "w")
 
 
-def test_the_version_is_a_digest_of_name_length_and_content(write: Write, store: Store) -> None:
+def test_the_version_is_a_digest_of_name_length_and_content(write: Write, store: Directory) -> None:
     folder = write(tokenizer__json={"model": 1}, config__json={"id2label": {"0": "a"}})
     digest = hashlib.sha256()
     for name in ("adapter_config.json", WEIGHTS, "tokenizer.json"):
@@ -44,7 +46,9 @@ def test_the_version_is_a_digest_of_name_length_and_content(write: Write, store:
 
 
 @pytest.mark.parametrize("name", ["task.json", "config.json", "README.md"])
-def test_rules_and_labels_are_no_part_of_the_version(write: Write, store: Store, name: str) -> None:
+def test_rules_and_labels_are_no_part_of_the_version(
+    write: Write, store: Directory, name: str
+) -> None:
     folder = write()
     before = store.read("mood").version
     (folder / name).write_text('{"threshold": 0.5}')
@@ -52,7 +56,9 @@ def test_rules_and_labels_are_no_part_of_the_version(write: Write, store: Store,
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "tokenizer.json", "vocab.txt"])
-def test_what_changes_an_answer_changes_the_version(write: Write, store: Store, name: str) -> None:
+def test_what_changes_an_answer_changes_the_version(
+    write: Write, store: Directory, name: str
+) -> None:
     folder = write()
     before = store.read("mood").version
     (folder / name).write_text("{}")
@@ -60,7 +66,7 @@ def test_what_changes_an_answer_changes_the_version(write: Write, store: Store, 
 
 
 def test_weights_change_the_version_and_a_copy_does_not(
-    write: Write, store: Store, tensors: dict[str, torch.Tensor]
+    write: Write, store: Directory, tensors: dict[str, torch.Tensor]
 ) -> None:
     write("one")
     write("same")
@@ -76,7 +82,7 @@ def test_weights_change_the_version_and_a_copy_does_not(
     ["../mood", "..", ".", "", "UPPER", "mood/../mood", "/etc", "a b", ".hidden", "-x", "mood\n",
      "mood\0", "ünïcode", "a" * 65, "a\\b", "~", "%2e%2e"],
 )  # fmt: skip
-def test_what_is_no_task_name_is_no_task(write: Write, store: Store, name: str) -> None:
+def test_what_is_no_task_name_is_no_task(write: Write, store: Directory, name: str) -> None:
     write()
     for call in (store.look, store.read):
         with pytest.raises(TaskNotFound):
@@ -84,13 +90,13 @@ def test_what_is_no_task_name_is_no_task(write: Write, store: Store, name: str) 
 
 
 @pytest.mark.parametrize("name", ["a", "0", "mood.v2", "mood-2_x", "a" * 64])
-def test_what_is_a_task_name_is_served(write: Write, store: Store, name: str) -> None:
+def test_what_is_a_task_name_is_served(write: Write, store: Directory, name: str) -> None:
     write(name)
     assert store.tasks() == [name]
     assert store.read(name).task == name
 
 
-def test_the_list_has_folders_with_an_adapter_only(write: Write, store: Store) -> None:
+def test_the_list_has_folders_with_an_adapter_only(write: Write, store: Directory) -> None:
     assert store.tasks() == []  # the root is not there yet
     for task in ("spam", "mood", "UPPER"):
         write(task)
@@ -101,7 +107,7 @@ def test_the_list_has_folders_with_an_adapter_only(write: Write, store: Store) -
 
 
 def test_a_folder_without_config_or_of_another_kind_is_not_found(
-    write: Write, store: Store
+    write: Write, store: Directory
 ) -> None:
     write("bare", adapter_config__json=None)
     (store.root / "file").write_text("x")
@@ -111,13 +117,13 @@ def test_a_folder_without_config_or_of_another_kind_is_not_found(
                 call(task)
 
 
-def test_weights_that_are_not_there_yet_are_waited_for(write: Write, store: Store) -> None:
+def test_weights_that_are_not_there_yet_are_waited_for(write: Write, store: Directory) -> None:
     write(adapter_model__safetensors=None)
     with pytest.raises(AdapterIncomplete, match="safetensors is missing"):
         store.read("mood")
 
 
-def test_weights_cut_anywhere_are_incomplete(write: Write, store: Store) -> None:
+def test_weights_cut_anywhere_are_incomplete(write: Write, store: Directory) -> None:
     path = write() / WEIGHTS
     whole = path.read_bytes()
     for size in [*range(0, len(whole), 9), len(whole) - 1]:
@@ -130,7 +136,7 @@ def test_weights_cut_anywhere_are_incomplete(write: Write, store: Store) -> None
 
 @pytest.mark.parametrize("length", [2**26 + 1, 2**40, 2**63, 2**64 - 1])
 def test_a_header_of_absurd_length_is_refused_unread(
-    write: Write, store: Store, length: int
+    write: Write, store: Directory, length: int
 ) -> None:
     write(adapter_model__safetensors=length.to_bytes(8, "little") + b"{}")
     with pytest.raises(AdapterRefused, match=f"header of {length} bytes"):
@@ -138,7 +144,7 @@ def test_a_header_of_absurd_length_is_refused_unread(
 
 
 def test_an_offset_of_absurd_length_is_incomplete_or_left_to_the_reader(
-    write: Write, store: Store
+    write: Write, store: Directory
 ) -> None:
     digits = b"9" * 5000  # more than Python turns into an int
     header = b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,' + digits + b"]}}"
@@ -151,7 +157,7 @@ def test_an_offset_of_absurd_length_is_incomplete_or_left_to_the_reader(
     ("name", "size"), [(WEIGHTS, 2**32 + 1), ("tokenizer.json", 2**26 + 1), ("task.json", 2**27)]
 )
 def test_a_file_of_absurd_size_is_refused_unread(
-    write: Write, store: Store, opened: list[str], name: str, size: int
+    write: Write, store: Directory, opened: list[str], name: str, size: int
 ) -> None:
     folder = write()
     with open(folder / name, "ab") as file:
@@ -163,7 +169,7 @@ def test_a_file_of_absurd_size_is_refused_unread(
 
 
 def test_a_pickle_alone_is_refused_and_never_opened(
-    write: Write, store: Store, tmp_path: Path, opened: list[str]
+    write: Write, store: Directory, tmp_path: Path, opened: list[str]
 ) -> None:
     mark = tmp_path / "opened"
     write(adapter_model__safetensors=None, adapter_model__bin=pickle.dumps(Bomb(mark)))
@@ -177,7 +183,7 @@ def test_a_pickle_alone_is_refused_and_never_opened(
 
 
 def test_nothing_else_of_a_training_folder_is_ever_opened(
-    write: Write, store: Store, tmp_path: Path, opened: list[str]
+    write: Write, store: Directory, tmp_path: Path, opened: list[str]
 ) -> None:
     bomb = pickle.dumps(Bomb(tmp_path / "opened"))
     training = (
@@ -195,7 +201,7 @@ def test_nothing_else_of_a_training_folder_is_ever_opened(
 
 
 def test_links_that_stay_in_the_store_are_served(
-    write: Write, store: Store, tmp_path: Path
+    write: Write, store: Directory, tmp_path: Path
 ) -> None:
     real = write("v1")
     (store.root / "mood").symlink_to("v1")
@@ -212,12 +218,12 @@ def test_links_that_stay_in_the_store_are_served(
         with pytest.raises(TaskNotFound):
             store.look(task)
     (tmp_path / "linked").symlink_to(store.root)  # the store itself may be a link
-    assert Store(tmp_path / "linked").read("hub").version == store.read("mood").version
+    assert Directory(tmp_path / "linked").read("hub").version == store.read("mood").version
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS, "tokenizer.json", None])
 def test_a_link_out_of_the_store_is_refused_unread_until_it_is_a_copy(
-    write: Write, store: Store, tmp_path: Path, opened: list[str], name: str | None
+    write: Write, store: Directory, tmp_path: Path, opened: list[str], name: str | None
 ) -> None:
     folder = write(tokenizer__json={})
     path = folder / name if name else folder
@@ -237,7 +243,7 @@ def test_a_link_out_of_the_store_is_refused_unread_until_it_is_a_copy(
 
 
 def test_a_link_turned_to_another_folder_is_seen(
-    write: Write, store: Store, tmp_path: Path
+    write: Write, store: Directory, tmp_path: Path
 ) -> None:
     write("v1")
     write("v2", adapter_config__json={"r": 1})
@@ -249,7 +255,7 @@ def test_a_link_turned_to_another_folder_is_seen(
     assert store.look("mood") != before
 
 
-def test_two_looks_at_an_unchanged_folder_are_equal(write: Write, store: Store) -> None:
+def test_two_looks_at_an_unchanged_folder_are_equal(write: Write, store: Directory) -> None:
     write(task__json={})
     before = store.look("mood")
     time.sleep(0.01)
@@ -259,14 +265,18 @@ def test_two_looks_at_an_unchanged_folder_are_equal(write: Write, store: Store) 
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS, "task.json", "tokenizer.json"])
-def test_a_change_of_what_is_read_changes_the_look(write: Write, store: Store, name: str) -> None:
+def test_a_change_of_what_is_read_changes_the_look(
+    write: Write, store: Directory, name: str
+) -> None:
     folder = write(task__json={"threshold": 0.5})
     before = store.look("mood")
     (folder / name).write_bytes(b"changed")
     assert store.look("mood") != before
 
 
-def test_a_copy_that_keeps_file_times_counts_as_a_change_now(write: Write, store: Store) -> None:
+def test_a_copy_that_keeps_file_times_counts_as_a_change_now(
+    write: Write, store: Directory
+) -> None:
     folder = write()
     for name in ("adapter_config.json", WEIGHTS):
         os.utime(folder / name, (1e9, 1e9))
@@ -274,7 +284,7 @@ def test_a_copy_that_keeps_file_times_counts_as_a_change_now(write: Write, store
 
 
 def test_times_in_the_future_do_not_make_a_folder_change_at_every_look(
-    write: Write, store: Store
+    write: Write, store: Directory
 ) -> None:
     folder = write()
     os.utime(folder / WEIGHTS, (time.time() + 3600,) * 2)
@@ -284,12 +294,12 @@ def test_times_in_the_future_do_not_make_a_folder_change_at_every_look(
 
 
 def test_a_file_that_goes_away_while_it_is_read_is_no_crash(
-    write: Write, store: Store, monkeypatch: pytest.MonkeyPatch
+    write: Write, store: Directory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write()
     look = store.look("mood")
     (folder / WEIGHTS).unlink()
-    monkeypatch.setattr(store, "look", lambda task: look)  # it was there a moment ago
+    monkeypatch.setattr("adapters.folder.look", lambda *_: look)  # it was there a moment ago
     with pytest.raises(AdapterIncomplete, match=WEIGHTS):
         store.read("mood")
 
@@ -305,7 +315,7 @@ MAKE = {
 @pytest.mark.parametrize("kind", MAKE)
 @pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 def test_what_is_no_file_is_refused_and_not_waited_for(
-    write: Write, store: Store, kind: str, name: str
+    write: Write, store: Directory, kind: str, name: str
 ) -> None:
     folder = write(**{name: None})
     (folder / name).unlink(missing_ok=True)
@@ -318,38 +328,37 @@ def test_what_is_no_file_is_refused_and_not_waited_for(
 
 @pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS])
 def test_a_file_that_becomes_a_pipe_while_it_is_read_is_not_waited_for(
-    write: Write, store: Store, monkeypatch: pytest.MonkeyPatch, name: str
+    write: Write, store: Directory, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     folder = write()
     look = store.look("mood")
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    monkeypatch.setattr(store, "look", lambda task: look)  # it was a file a moment ago
+    monkeypatch.setattr("adapters.folder.look", lambda *_: look)  # it was a file a moment ago
     with pytest.raises(AdapterIncomplete, match="it is no file"):
         store.read("mood")
 
 
 def test_a_file_that_grows_while_it_is_read_is_not_read_without_end(
-    write: Write, store: Store, monkeypatch: pytest.MonkeyPatch
+    write: Write, store: Directory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tokenizer__json=b"{}") / "tokenizer.json"
-    look = store.look
     looks: list[int] = []
 
-    def look_and_grow(task: str) -> Look:
-        before = look(task)
+    def look_and_grow(*given: Any) -> Look:
+        before = look(*given)
         if not looks:
             with path.open("ab") as file:
                 file.truncate(2**35)  # sparse: it takes no room
         looks.append(len(looks))
         return before
 
-    monkeypatch.setattr(store, "look", look_and_grow)
+    monkeypatch.setattr("adapters.folder.look", look_and_grow)
     with pytest.raises(AdapterIncomplete, match="changed while it was read"):
         store.read("mood")
 
 
-def test_weights_that_declare_an_absurd_size_are_refused(write: Write, store: Store) -> None:
+def test_weights_that_declare_an_absurd_size_are_refused(write: Write, store: Directory) -> None:
     header = b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,1152921504606846976]}}'
     write(adapter_model__safetensors=len(header).to_bytes(8, "little") + header)
     with pytest.raises(AdapterRefused, match="declares 1152921504606847056 bytes, over the limit"):
