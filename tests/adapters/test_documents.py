@@ -231,6 +231,18 @@ def test_s3_of_other_makers_says_no_in_its_own_words(s3: S3, bucket: str, status
     assert documents.read("catalog/1.json") == b"one"
 
 
+def test_a_store_that_is_away_is_an_os_error(s3: S3, bucket: str) -> None:
+    def fall(app: Any, environ: dict[str, Any], start: Any) -> Any:
+        raise ConnectionResetError
+
+    documents = open_documents(bucket)
+    documents.create("catalog/1.json", b"one")
+    s3.meddle = fall
+    with pytest.raises(OSError, match="could not be asked") as told:
+        documents.read("catalog/1.json")
+    assert not isinstance(told.value, FileNotFoundError)
+
+
 def test_a_missing_package_is_named() -> None:
     with pytest.raises(ImportError, match="gcsfs"):
         open_documents("gs://bucket/store")

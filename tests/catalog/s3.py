@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import boto3
+import fsspec
 from moto.moto_server.werkzeug_app import (
     DomainDispatcherApplication,
     MotoRequestHandler,
@@ -40,6 +41,8 @@ class S3:
 
     @contextmanager
     def running(self) -> Iterator["S3"]:
+        # fsspec keeps what reached the server before this one.
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
         self._thread.start()
         try:
             yield self
