@@ -18,7 +18,8 @@ class Seats:
         await asyncio.sleep(0)
         if self.full:
             raise ValueError("no slot is left")
-        self.kept.append(version)
+        if version not in self.kept:
+            self.kept.append(version)
 
     def let_go(self, version: str) -> None:
         self.kept.remove(version)
@@ -75,27 +76,27 @@ async def test_no_pinned_tasks_are_not_worth_a_line(caplog: pytest.LogCaptureFix
 
 async def test_a_new_version_takes_the_place_of_the_old_one() -> None:
     pinned, seats, _ = await loaded("mood", "spam")
-    await pinned.follow("mood", "mood@2")
+    await pinned.answered("mood", "mood@2")
     assert sorted(seats.kept) == ["mood@2", "spam@1"]
-    await pinned.follow("mood", "mood@2")
+    await pinned.answered("mood", "mood@2")
     assert sorted(seats.kept) == ["mood@2", "spam@1"]
 
 
 async def test_one_that_could_not_be_loaded_is_kept_from_its_first_answer_on() -> None:
     pinned, seats, _ = await loaded("absent")
-    await pinned.follow("absent", "absent@1")
+    await pinned.answered("absent", "absent@1")
     assert seats.kept == ["absent@1"]
 
 
 async def test_others_are_not_kept() -> None:
     pinned, seats, _ = await loaded("mood")
-    await pinned.follow("spam", "spam@1")
+    await pinned.answered("spam", "spam@1")
     assert seats.kept == ["mood@1"]
 
 
 async def test_calls_at_once_keep_a_version_once() -> None:
     pinned, seats, _ = await loaded("mood")
-    await asyncio.gather(*(pinned.follow("mood", "mood@2") for _ in range(10)))
+    await asyncio.gather(*(pinned.answered("mood", "mood@2") for _ in range(10)))
     assert seats.kept == ["mood@2"]
 
 
@@ -104,5 +105,5 @@ async def test_a_version_for_which_no_slot_is_left_is_answered_all_the_same(
 ) -> None:
     pinned, seats, _ = await loaded("mood")
     seats.full = True
-    await pinned.follow("mood", "mood@2")
+    await pinned.answered("mood", "mood@2")
     assert "mood@2 cannot be kept: no slot is left" in caplog.text

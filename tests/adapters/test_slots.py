@@ -42,10 +42,14 @@ class Bank:
             raise ValueError(f"{version} is broken")
         self.rows[slot] = version
 
+    def forget(self, slots: Sequence[int]) -> None:
+        for left in slots:
+            del self.rows[left]
+
     def slots(self, max_slots: int | None = None, num_pages: int = 1000) -> Slots[str]:
         return Slots(
             num_pages=num_pages, max_slots=max_slots,
-            fetch=self.fetch, size=len, write=self.write,
+            fetch=self.fetch, size=len, write=self.write, forget=self.forget,
         )  # fmt: skip
 
 
@@ -287,7 +291,12 @@ async def test_no_slot_is_given_twice_under_random_stress(seed: int) -> None:
             raise ValueError("broken")
         rows[slot] = version
 
-    slots = Slots(num_pages=12, max_slots=4, fetch=fetch, size=len, write=write)
+    def forget(gone: Sequence[int]) -> None:
+        for left in gone:
+            assert not readers.get(left), f"slot {left} was forgotten while it was read"
+            rows.pop(left, None)
+
+    slots = Slots(num_pages=12, max_slots=4, fetch=fetch, size=len, write=write, forget=forget)
 
     async def call(version: str) -> None:
         nonlocal done
@@ -309,6 +318,9 @@ async def test_no_slot_is_given_twice_under_random_stress(seed: int) -> None:
         calls.append(asyncio.ensure_future(call(chr(97 + number) * (1 + number % 7))))
         if chance.random() < 0.15:
             asyncio.get_running_loop().call_soon(chance.choice(calls).cancel)
+        if chance.random() < 0.1:
+            number = chance.randrange(12)
+            slots.drop(chr(97 + number) * (1 + number % 7))
         if chance.random() < 0.3:
             await asyncio.sleep(0)
     async with asyncio.timeout(20):

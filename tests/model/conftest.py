@@ -1,5 +1,6 @@
 import json
-from collections.abc import Callable, Collection, Iterator
+import shutil
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,8 @@ from transformers import (
 
 from adapters.directory import Directory
 from adapters.store import WEIGHTS
+from deployments.config import Args
+from deployments.model.deployment import Model
 from deployments.model.engine import Engine
 from deployments.model.sites import LinearSite
 from deployments.rows import Row, Tokens
@@ -107,6 +110,30 @@ def tiny_config() -> BertConfig:
 @pytest.fixture(scope="session")
 def tiny_base(save_base: Callable[..., str], tiny_config: BertConfig) -> str:
     return save_base(BertModel, tiny_config)
+
+
+@pytest.fixture(scope="session")
+def served_base(example_base: str, tiny_base: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny base with a tokenizer beside it, as the deployment needs one."""
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    shutil.copytree(tiny_base, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
+        shutil.copy(Path(example_base) / name, folder)
+    return str(folder)
+
+
+@pytest.fixture
+def start_model(served_base: str) -> Callable[..., Awaitable[Model]]:
+    """Starts the deployment's class as Serve would, over a store."""
+
+    async def start(store: Directory, **given: Any) -> Model:
+        model = object.__new__(Model)
+        given = {"device": "cpu", "num_cpus": 1} | given
+        await model.__init__(Args(base_model=served_base, adapter_store=store.url, **given))
+        model.residents.reader.store = store
+        return model
+
+    return start
 
 
 @pytest.fixture(scope="session")

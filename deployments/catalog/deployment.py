@@ -1,0 +1,111 @@
+"""The Ray Serve deployment that alone writes what tasks exist. One replica."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from ray.serve.handle import DeploymentHandle
+
+from adapters.documents import open_documents
+from deployments.catalog.adoption import Adoption
+from deployments.catalog.changes import Changes
+from deployments.catalog.handles import Others
+from deployments.catalog.ledger import Ledger
+from deployments.catalog.upkeep import Upkeep
+from deployments.catalog.usage import UsageSums
+from deployments.catalog.writer import Writer
+from deployments.config import Args
+from deployments.snapshot import TaskPatch, Usage
+from deployments.watch import POLL_S
+
+logger = logging.getLogger("ray.serve")
+
+
+class Catalog:
+    """Which tasks exist, which version answers each, and the only hand that changes it."""
+
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, model: DeploymentHandle[Any], args: Args
+    ) -> None:
+        """Read what is true from the store; nothing in memory is the only copy of anything."""
+        store = args.open_store()
+        writer = Writer(open_documents(args.adapter_store))
+        await asyncio.to_thread(writer.refresh)
+        self._usage = UsageSums()
+        self._ledger = Ledger(writer, self._usage)
+        self._others = Others(model)
+        adoption = Adoption(self._ledger, store, self._others)
+        self._changes = Changes(self._ledger, store, self._others, adoption)
+        self._upkeep = Upkeep(self._ledger, self._usage, store, adoption)
+        self._upkeep.start()
+
+    async def poll(self, watcher: str, revision: int, after: str = "") -> dict[str, Any]:
+        """Tell a watcher what is newer than it holds; see `deployments.catalog.feed.Feed.page`."""
+        return await self._ledger.feed.page(revision, after, POLL_S)
+
+    async def publish(
+        self,
+        task: str,
+        staging: str,
+        *,
+        source: str,
+        by: str,
+        activate: bool,
+        if_match: int | None,
+    ) -> dict[str, Any]:
+        """Make a version of what an ingress has staged; see `catalog.changes.Changes`."""
+        return await self._changes.publish(
+            task, staging, source=source, by=by, activate=activate, if_match=if_match
+        )
+
+    async def patch(
+        self, task: str, patch: dict[str, Any], *, by: str, if_match: int | None
+    ) -> dict[str, Any]:
+        """Change what a task does; `patch` is a `deployments.snapshot.TaskPatch` as plain data."""
+        changed = TaskPatch.model_validate(patch)
+        return await self._changes.patch(task, changed, by=by, if_match=if_match)
+
+    async def rollback(self, task: str, *, by: str, if_match: int | None) -> dict[str, Any]:
+        """Let the version answer that was active before."""
+        return await self._changes.rollback(task, by=by, if_match=if_match)
+
+    async def delete(
+        self, task: str, version: str | None, *, by: str, if_match: int | None
+    ) -> dict[str, Any]:
+        """Delete a version, or with None the task."""
+        return await self._changes.delete(task, version, by=by, if_match=if_match)
+
+    async def revision(self, revision: int) -> dict[str, Any]:
+        """Tell whether every live ingress holds a revision."""
+        waiting_for = await self._others.reach(revision, wait_s=0.5)
+        return {
+            "revision": revision,
+            "everywhere": not waiting_for,
+            "waiting_for": waiting_for,
+        }
+
+    async def history(
+        self, task: str | None, before: int | None, limit: int
+    ) -> list[dict[str, Any]]:
+        """Return changes, the latest first: who, when, what."""
+        return await self._ledger.history(task=task, before=before, limit=limit)
+
+    async def report(self, watcher: str, counted: list[dict[str, Any]]) -> None:
+        """Take what an ingress counted since it last told."""
+        self._usage.add(map(Usage.model_validate, counted))
+
+    async def usage(self, tasks: list[str]) -> dict[str, Any]:
+        """Return what was counted of some tasks, by version."""
+        return {task: self._usage.of(task) for task in tasks}
+
+    async def check_health(self) -> None:
+        """Raise if nothing is looked after any more, so that Serve replaces this replica."""
+        if not self._upkeep.alive:
+            raise RuntimeError("the catalog's upkeep has ended")
+
+    async def __del__(self) -> None:
+        """End the polls that wait; Ray Serve awaits this when the replica stops."""
+        self._upkeep.stop()
+        await self._ledger.feed.close()
