@@ -130,6 +130,14 @@ def test_a_torn_file_is_not_taken(hub: Hub, stage: Stage, content: dict[str, byt
     refused(NotReady, stage, "hf://acme/mood", "hf://acme")
 
 
+def test_a_file_shorter_than_listed_is_not_taken(
+    hub: Hub, stage: Stage, content: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("acme/mood", {**content, "task.json": b"{}"})
+    monkeypatch.setattr(Hub, "_info", _replaced(Hub._info, b'"size": 2}', b'"size": 3}'))
+    assert "2 of 3 bytes" in refused(NotReady, stage, "hf://acme/mood", "hf://acme")
+
+
 def test_a_repository_that_moved_needs_leave_for_its_new_name(
     hub: Hub, stage: Stage, content: dict[str, bytes]
 ) -> None:
@@ -147,7 +155,8 @@ def test_a_repository_that_moved_needs_leave_for_its_new_name(
     "place",
     ["http://169.254.169.254", "http://127.0.0.1:{port}", "http://[::1]:{port}",
      "http://localhost:{port}", "http://[::ffff:127.0.0.1]:{port}", "http://2130706433:{port}",
-     "http://0.0.0.0:{port}", "https://127.0.0.1:{port}"],
+     "http://0.0.0.0:{port}", "https://127.0.0.1:{port}",
+     "http://127.0.0.1:1"],  # where nothing listens: nor may anybody find out
 )  # fmt: skip
 def test_a_redirect_to_where_only_the_server_gets_to_is_refused(
     hub: Hub, stage: Stage, content: dict[str, bytes], route: str, place: str
@@ -267,7 +276,7 @@ def test_sizes_are_bounded_before_and_while_they_come(
     hub.add("acme/mood", content)
     assert "10100" in refused(TooLarge, stage, "hf://acme/mood", "hf://acme", max_bytes=10_100)
     assert [path for _, path, _ in hub.requests if "/resolve/" in path] == []
-    monkeypatch.setattr(Hub, "_info", _without_sizes(Hub._info))
+    monkeypatch.setattr(Hub, "_info", _replaced(Hub._info, b'"size"', b'"bytes"'))
     refused(TooLarge, stage, "hf://acme/mood", "hf://acme", max_bytes=10_100)
     assert [path for _, path, _ in hub.requests if "/resolve/" in path]
     hub.add("acme/mood", {**content, "task.json": bytes(8 * 2**20 + 1)})
@@ -275,10 +284,11 @@ def test_sizes_are_bounded_before_and_while_they_come(
         stage("hf://acme/mood", "hf://acme")
 
 
-def _without_sizes(info: Any) -> Any:
+def _replaced(info: Any, old: bytes, new: bytes) -> Any:
     def told(self: Hub, name: str, revision: str) -> Any:
         status, headers, body = info(self, name, revision)
-        return status, headers, body.replace(b'"size"', b'"bytes"')
+        assert old in body
+        return status, headers, body.replace(old, new)
 
     return told
 
