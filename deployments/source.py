@@ -12,7 +12,7 @@ SCHEMES = ("hf", "s3", "gs", "file")
 # Whatever means something else to one of those who read a URL is left out: % escapes, ? # and \,
 # the : of a port, a password or a chain of fsspec's, and the * [ ] of its patterns.
 _PART = re.compile(r"[\w.+=,@~-]+(?: +[\w.+=,@~-]+)*")
-_BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]+")
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _REVISION = re.compile(r"[\w.-]+", re.ASCII)
 
 

@@ -42,8 +42,7 @@ class Hub:
 
     def __init__(self) -> None:
         """Watch from now on where huggingface_hub connects to."""
-        self._endpoint = httpx2.URL(constants.ENDPOINT).origin
-        set_client_factory(self._make_client)
+        set_client_factory(_make_client)
 
     def find(self, source: Source, names: Collection[str]) -> tuple[Source, list[RemoteFile]]:
         """Return what the hub calls a source, by its commit, and those of its files. Blocks.
@@ -98,42 +97,6 @@ class Hub:
         ]
         return _resolved(source, source.repository, os.path.basename(root)), files
 
-    def _make_client(self) -> httpx2.Client:
-        hooks = {"request": [self._admit]}
-        return httpx2.Client(event_hooks=hooks, follow_redirects=True, timeout=None)
-
-    def _admit(self, request: httpx2.Request) -> None:
-        """Refuse a request, of which a redirect is one more, to where only we get to.
-
-        The names are resolved here, and what was connected to is looked at once more before
-        anything is sent there: a name may answer differently the second time.
-        """
-        url = request.url
-        if constants.is_offline_mode():  # as the client does that this one stands for
-            raise OfflineModeIsEnabled(f"HF_HUB_OFFLINE is set, and {url} is at the hub")
-        if url.origin == self._endpoint:
-            return
-        host = url.raw_host.decode("ascii")
-        try:
-            found = socket.getaddrinfo(host, url.port or 443, type=socket.SOCK_STREAM)
-        except OSError:
-            found = []  # the connection will say so, unless a proxy knows the name
-        if not all(is_public(str(address[0])) for *_, address in found):
-            raise _not_public(url)
-        through_proxy = False
-
-        def look(event: str, info: dict[str, Any]) -> None:
-            nonlocal through_proxy
-            if event.endswith("connect_tcp.started"):
-                through_proxy = info["host"] != host
-            elif event.endswith("connect_tcp.complete") and not through_proxy:
-                stream = info["return_value"]
-                if not is_public(stream.get_extra_info("server_addr")[0]):
-                    stream.close()
-                    raise _not_public(url)
-
-        request.extensions["trace"] = look
-
 
 def is_public(address: str) -> bool:
     """Tell whether an IP address is anybody's to reach, and so is the IPv4 address within it."""
@@ -145,6 +108,44 @@ def is_public(address: str) -> bool:
         if within is not None:
             return is_public(str(within))
     return ip.is_global and not ip.is_multicast
+
+
+def _make_client() -> httpx2.Client:
+    hooks = {"request": [_admit]}
+    return httpx2.Client(event_hooks=hooks, follow_redirects=True, timeout=None)
+
+
+def _admit(request: httpx2.Request) -> None:
+    """Refuse a request, of which a redirect is one more, to where only we get to.
+
+    The names are resolved here, and what was connected to is looked at once more before
+    anything is sent there: a name may answer differently the second time.
+    """
+    url = request.url
+    if constants.is_offline_mode():  # as the client does that this one stands for
+        raise OfflineModeIsEnabled(f"HF_HUB_OFFLINE is set, and {url} is at the hub")
+    if url.origin == httpx2.URL(constants.ENDPOINT).origin:
+        return
+    host = url.raw_host.decode("ascii")
+    try:
+        found = socket.getaddrinfo(host, url.port or 443, type=socket.SOCK_STREAM)
+    except OSError:
+        found = []  # the connection will say so, unless a proxy knows the name
+    if not all(is_public(str(address[0])) for *_, address in found):
+        raise _not_public(url)
+    through_proxy = False
+
+    def look(event: str, info: dict[str, Any]) -> None:
+        nonlocal through_proxy
+        if event.endswith("connect_tcp.started"):
+            through_proxy = info["host"] != host
+        elif event.endswith("connect_tcp.complete") and not through_proxy:
+            stream = info["return_value"]
+            if not is_public(stream.get_extra_info("server_addr")[0]):
+                stream.close()
+                raise _not_public(url)
+
+    request.extensions["trace"] = look
 
 
 def _stream(source: Source, url: str) -> Iterator[bytes]:

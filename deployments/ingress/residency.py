@@ -13,7 +13,8 @@ def merge(pages: Sequence[dict[str, Any]], limit: int) -> dict[str, Any]:
 
     Args:
         pages: What replicas answer to the same `after` and `limit`: `replica`, `slots_free`,
-            `pages_free`, `versions` in the order of `task@version`, and `next` where there is more.
+            `pages_free`, `versions` in the order of `task@version`, or of `task` where it is not
+            known which could not be loaded, and `next` where there is more.
         limit: Most versions in the answer.
 
     Returns:
@@ -25,9 +26,8 @@ def merge(pages: Sequence[dict[str, Any]], limit: int) -> dict[str, Any]:
         for entry in page["versions"]:
             told = dict(entry)
             task, version = told.pop("task"), told.pop("version")
-            merged = versions.setdefault(
-                f"{task}@{version}", {"task": task, "version": version, "replicas": {}}
-            )
+            name = task if version is None else f"{task}@{version}"
+            merged = versions.setdefault(name, {"task": task, "version": version, "replicas": {}})
             merged["replicas"][page["replica"]] = told
     # Past the last one of a replica that has more, it may hold what it has not told of.
     ends = [page["next"] for page in pages if page.get("next")]

@@ -309,16 +309,14 @@ async def test_a_caller_who_goes_while_it_is_published_changes_nothing(
     uploads = Uploads(store, catalog, Sources(allowed, store, max_bytes=2**20))
     change = {"by": "local", "activate": True, "if_match": None}
     caller = asyncio.create_task(uploads.add("mood", f"file://{tmp_path}/x", **change))
-    while not staged(store):
-        await asyncio.sleep(0.01)
+    await asyncio.to_thread(until, lambda: bool(staged(store)))
     await asyncio.sleep(0.1)
     caller.cancel()
     with pytest.raises(asyncio.CancelledError):
         await caller
     assert catalog.asked == []
     catalog.wait.set()
-    while staged(store):
-        await asyncio.sleep(0.01)
+    await asyncio.to_thread(until, lambda: not staged(store))
     assert [asked["call"] for asked in catalog.asked] == ["publish"]
 
 
