@@ -274,10 +274,9 @@ class Directory:
 
     def _new(self, staging: str) -> Path:
         place = self.root / FOLDER / staging
-        place.mkdir(parents=True)
-        if not self._has_stagings():
-            place.rmdir()
+        if place.parent.is_symlink():
             raise StoreUnreachable(self.url, f"{FOLDER} is a link; make it a folder")
+        place.mkdir(parents=True)
         return place
 
     def _has_stagings(self) -> bool:
