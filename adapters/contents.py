@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import BinaryIO
 
-from adapters.errors import AdapterIncomplete, AdapterRefused, TaskNotFound
+from adapters.errors import AdapterIncomplete, AdapterRefused, StoreUnreachable, TaskNotFound
 from adapters.store import (
     CONFIG,
     MAX_JSON_BYTES,
@@ -44,7 +44,7 @@ def check_sizes(task: str, sizes: Mapping[str, int]) -> None:
     problems = [
         f"{name} has {size} bytes, over the limit of {limit}"
         for name, size in sizes.items()
-        if size > (limit := limit_bytes(name))
+        if name != PICKLE and size > (limit := limit_bytes(name))
     ]
     if problems:
         raise AdapterRefused(task, problems)
@@ -106,4 +106,6 @@ def nothing_more_comes(task: str) -> Iterator[None]:
     except TaskNotFound:
         raise AdapterRefused(task, [f"{CONFIG} is missing"]) from None
     except AdapterIncomplete as error:
+        if isinstance(error.__cause__, StoreUnreachable):
+            raise error.__cause__ from None
         raise AdapterRefused(task, [error.reason]) from None

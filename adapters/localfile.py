@@ -57,6 +57,9 @@ def sync(path: str | Path) -> None:
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # SMB: the server does as it likes
+            raise
     finally:
         os.close(number)
 

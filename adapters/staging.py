@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from adapters.errors import TASK_NAME, VERSION_NAME, AdapterRefused, StagingTooLarge, TaskNotFound
 from adapters.store import GOLDEN, READ, limit_bytes
@@ -26,7 +26,7 @@ def check_names(names: Iterable[str]) -> None:
         raise ValueError(f"no file of an adapter: {', '.join(map(repr, wrong))}")
 
 
-def copy_bounded(name: str, source: BinaryIO, target: BinaryIO) -> None:
+def copy_bounded(name: str, source: BinaryIO, target: IO[bytes]) -> None:
     """Copy a file, of one that is over its limit just enough to see that.
 
     Raises:

@@ -246,10 +246,16 @@ def open_store(
     Raises:
         ValueError: No store can be opened by this URL; the sentence says why.
     """
-    from adapters.directory import Directory  # it imports what is above
+    # These import what is above.
+    from adapters.bucket import Bucket
+    from adapters.directory import Directory
+    from adapters.disk import Disk, default_folder
 
     folder = local_folder(url)
     if folder is not None:
         return Directory(folder)
-    check_url(url)
-    raise NotImplementedError
+    try:
+        check_url(url)
+    except ValueError as error:
+        raise ValueError(f"{url!r} {error}") from None
+    return Bucket(url, Disk(cache or default_folder(), url, max_cache_bytes))

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from adapters.geometry import hub_id
+from adapters.store import Store, check_url, local_folder, open_store
 from deployments.base import BaseName
 
 Auto = Literal["auto"]
@@ -37,7 +38,10 @@ class Args(BaseModel):
         (),
         description="Hub ids that are the same base: adapters trained on them are served as well.",
     )
-    adapter_store: str = Field(description="A directory with one PEFT folder a task.")
+    adapter_store: str = Field(
+        description="A directory with one PEFT folder a task; or the same at s3://bucket/folder "
+        "or gs://bucket/folder."
+    )
     default_task: str | None = Field(
         None, description="The task that `POST /predict`, the inference guide's route, answers."
     )
@@ -61,6 +65,14 @@ class Args(BaseModel):
     )
     max_host_gib: Annotated[float, Field(gt=0)] = Field(
         1.0, description="RAM for adapters that were loaded and wait for a slot, a replica."
+    )
+    disk_cache: str | None = Field(
+        None,
+        description="A folder of this user alone on each machine, for versions out of a store at "
+        "s3:// or gs://; onebase-UID below the temporary folder unless said.",
+    )
+    max_disk_gib: Annotated[float, Field(gt=0)] = Field(
+        10.0, description="Most that the disk cache holds, a machine."
     )
 
     pinned_tasks: tuple[Name, ...] = Field(
@@ -108,9 +120,14 @@ class Args(BaseModel):
 
     @field_validator("adapter_store")
     @classmethod
-    def _is_a_folder(cls, value: str) -> str:
-        if not Path(value).is_dir():
+    def _is_a_store(cls, value: str) -> str:
+        folder = local_folder(value)
+        if folder is not None and not folder.is_dir():
             raise ValueError(f"adapter_store={value!r} is not a folder; make it, empty or not")
+        try:
+            check_url(value)
+        except ValueError as error:
+            raise ValueError(f"adapter_store={value!r} {error}") from None
         return value
 
     @field_validator("base_aliases")
@@ -154,13 +171,25 @@ class Args(BaseModel):
             return self.num_gpus
         return 1.0 if self.device == "cuda" else 0.0
 
+    def open_store(self) -> Store:
+        """Open the adapter store, with its disk cache on this machine."""
+        return open_store(
+            self.adapter_store,
+            cache=None if self.disk_cache is None else Path(self.disk_cache),
+            max_cache_bytes=int(self.max_disk_gib * GIB),
+        )
+
     def on(self, device: str) -> Args:
         """Return a copy for a device, in the place of `auto`."""
         return self.model_copy(update={"device": device})
 
     def absolute(self) -> Args:
         """Return a copy whose local paths do not depend on the working directory."""
-        changes = {"adapter_store": str(Path(self.adapter_store).absolute())}
+        changes = {}
+        if (folder := local_folder(self.adapter_store)) is not None:
+            changes["adapter_store"] = str(folder.absolute())
+        if self.disk_cache is not None:
+            changes["disk_cache"] = str(Path(self.disk_cache).absolute())
         if Path(self.base_model).exists():
             changes["base_model"] = str(Path(self.base_model).absolute())
         return self.model_copy(update=changes)

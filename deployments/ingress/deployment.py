@@ -15,7 +15,6 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from adapters.rules import ProblemType
-from adapters.store import open_store
 from deployments.config import Args, tokenize_without_pool
 from deployments.errors import INTERNAL, BatchLoopDied, NotReady, to_problem
 from deployments.ingress.predict import Answers, Encodings, Predictor
@@ -38,7 +37,7 @@ class Ingress:
         tokenize_without_pool()
         self._model = model
         self._args = args
-        self._tasks = Tasks(open_store(args.adapter_store), self._describe)
+        self._tasks = Tasks(args.open_store(), self._describe)
         self._tokenizer = await self._fetch_tokenizer()
         self._predictor = Predictor(
             self._tasks, self._tokenizer, self._ask, max_rows=args.max_request_rows

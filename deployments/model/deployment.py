@@ -16,7 +16,6 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from adapters.rules import ProblemType
-from adapters.store import open_store
 from deployments.config import GIB, Args
 from deployments.errors import BatchLoopDied
 from deployments.model.budget import Budget
@@ -58,7 +57,7 @@ class Model:
         memory.check()
         self.residents = Residents(
             self.engine,
-            open_store(args.adapter_store),
+            args.open_store(),
             host_bytes=host_bytes,
             max_slots=None if args.adapter_slots == "auto" else args.adapter_slots,
             pinned_tasks=args.pinned_tasks,
