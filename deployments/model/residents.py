@@ -146,11 +146,8 @@ class Residents:
         answered. What is pinned is on its way into slots, and loads longer if it must.
         """
         self._snapshot = new
-        tasks = [
-            task
-            for task in old.tasks.keys() | new.tasks.keys()
-            if old.tasks.get(task) is not new.tasks.get(task)
-        ]
+        tasks = [task for task, record in new.tasks.items() if old.tasks.get(task) is not record]
+        tasks += [task for task in old.tasks if task not in new.tasks]
         gone = []
         for task in tasks:
             before, record = old.tasks.get(task), new.tasks.get(task)
