@@ -2,11 +2,9 @@
 
 import asyncio
 import json
-import shutil
 from collections.abc import Awaitable, Callable
-from io import BytesIO
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -50,35 +48,13 @@ async def model(start_model: Start, store: Counting) -> Model:
 
 
 @pytest.fixture
-def stage(
-    served_base: str, store: Counting, make_adapter: Make, tmp_path: Path
-) -> Callable[..., str]:
-    """Stages an adapter as an upload does; another seed is another version."""
-
-    def stage(seed: int = 0, rules: Any = None, **given: Any) -> str:
-        folder = tmp_path / "upload"
-        make_adapter(folder, served_base, seed=seed, **{"num_labels": 2, **given})
-        if rules is not None:
-            (folder / RULES).write_text(json.dumps(rules))
-        contents = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "README.md"}
-        shutil.rmtree(folder)
-        return store.stage({name: BytesIO(content) for name, content in contents.items()})
-
-    return stage
+def publish(publish_to: Callable[..., str], store: Counting) -> Publish:
+    return partial(publish_to, store)
 
 
 @pytest.fixture
-def publish(store: Counting, stage: Callable[..., str]) -> Publish:
-    """Publishes an adapter as a version of a task, and returns the version."""
-
-    def publish(task: str, seed: int = 0, **given: Any) -> str:
-        staging = stage(seed, **given)
-        version = store.read_staged(staging, task).version
-        store.publish(staging, task, version)
-        store.discard(staging)
-        return version
-
-    return publish
+def stage(stage_in: Callable[..., str], store: Counting) -> Callable[..., str]:
+    return partial(stage_in, store)
 
 
 async def ask(model: Model, task: str, version: str) -> list[float]:
