@@ -37,7 +37,7 @@ class Watch:
 
     def __init__(
         self,
-        read: Callable[[], Snapshot],
+        read: Callable[[int], Snapshot | None],
         poll: Poll,
         prepare: Prepare,
         hold: Callable[[Snapshot], None] = lambda _: None,
@@ -49,7 +49,8 @@ class Watch:
         """Take where snapshots come from.
 
         Args:
-            read: Reads the newest revision from the store; it blocks, and is called in a thread.
+            read: Reads the store's newest revision if there is one after the given one; it blocks,
+                and is called in a thread.
             poll: Asks the catalog, as `deployments.catalog.feed.Feed.page` answers.
             prepare: Awaited with (old, new, names of the tasks that differ) before the new
                 snapshot is held.
@@ -83,7 +84,7 @@ class Watch:
         Raises:
             Exception: What `read` raised: without it nobody knows what to answer.
         """
-        await self._install(await asyncio.to_thread(self._read))
+        await self._read_store()
         self._loop = asyncio.get_running_loop().create_task(self._follow())
 
     async def reach(self, revision: int) -> None:
@@ -142,11 +143,15 @@ class Watch:
     async def _look(self) -> None:
         """Read the store, since the catalog does not answer."""
         try:
-            await self._install(await asyncio.to_thread(self._read))
+            await self._read_store()
         except Exception as error:
             logger.error("catalog=away, and the store cannot be read: %s", error)
         else:
             self._contact_s = time.monotonic()
+
+    async def _read_store(self) -> None:
+        newer = await asyncio.to_thread(self._read, self.snapshot.revision)
+        await self._install(newer or self.snapshot)
 
     async def _install(self, new: Snapshot) -> None:
         """Hold a snapshot, once what it needs is prepared; an older one is never held."""

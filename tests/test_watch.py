@@ -35,10 +35,10 @@ class Catalog:
         self.stored = new
         await self.feed.publish(new)
 
-    def read(self) -> Snapshot:
+    def read(self, revision: int) -> Snapshot | None:
         if self.store_away:
             raise OSError("the store is away")
-        return self.stored
+        return self.stored if self.stored.revision > revision else None
 
     async def poll(self, watcher: str, revision: int, after: str) -> dict[str, Any]:
         while self.hangs:

@@ -52,9 +52,7 @@ class Ingress:
         self._catalog = CatalogHandle(catalog)
         self._store = args.open_store()
         journal = Journal(open_documents(args.adapter_store))
-        self._watch = Watch(
-            lambda: journal.newest()[0], self._catalog.poll, self._prepare, self._hold
-        )
+        self._watch = Watch(journal.newer, self._catalog.poll, self._prepare, self._hold)
         self._catalog.is_away = lambda: self._watch.away
         looks = isinstance(self._store, Directory)
         self._tasks = Tasks(

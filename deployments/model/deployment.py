@@ -198,7 +198,7 @@ class Model:
             return page
 
         journal = Journal(open_documents(args.adapter_store))
-        self._watch = Watch(lambda: journal.newest()[0], poll, self._heed)
+        self._watch = Watch(journal.newer, poll, self._heed)
         await self._watch.start()
 
     async def _heed(self, old: Snapshot, new: Snapshot, changed: Collection[str]) -> None:
