@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import tempfile
 import time
@@ -56,7 +57,6 @@ class Bucket:
         self.url = url
         self._objects = Objects(url)
         self._disk = disk
-        self._opened_s = time.time()
 
     def tasks(self) -> list[str]:
         """Return the names of all tasks that have a plain folder or a version, sorted."""
@@ -66,6 +66,15 @@ class Bucket:
             if TASK_NAME.fullmatch(task) and (name == CONFIG or version_names([name])):
                 names.add(task)
         return sorted(names)
+
+    def folders(self) -> dict[str, int]:
+        """Return the folder of every possible task -> a mark."""
+        found: dict[str, list[tuple[str, int]]] = {}
+        for path, one in self._objects.below("").items():
+            task, _, name = path.partition("/")
+            if name and TASK_NAME.fullmatch(task):
+                found.setdefault(task, []).append((name, one.mark))
+        return {task: hash(tuple(sorted(objects))) for task, objects in found.items()}
 
     def versions(self, task: str) -> list[str]:
         """Return the names of a task's version folders, the oldest change first."""
@@ -174,17 +183,17 @@ class Bucket:
             self._objects.delete(f"{FOLDER}/{staging}/{MARKER}")
 
     def unfinished(self, quiet_s: float = 0.0) -> list[tuple[str, str | None, str | None]]:
-        """Return stagings in which nothing changed since this store was opened."""
+        """Return the stagings that there are, or those in which nothing changed for so long."""
         stagings: dict[str, dict[str, Object]] = {}
         for path, one in self._objects.below(f"{FOLDER}/").items():
             staging, _, name = path.partition("/")
             if STAGING_NAME.fullmatch(staging):
                 stagings.setdefault(staging, {})[name] = one
-        before_s = min(self._opened_s, time.time() - quiet_s) - 1.0  # S3 tells whole seconds
+        before_s = time.time() - quiet_s if quiet_s else math.inf
         return [
             (staging, *self._marked(staging, objects.get(MARKER)))
             for staging, objects in sorted(stagings.items())
-            if max(one.changed_s for one in objects.values()) < before_s
+            if max(one.changed_s for one in objects.values()) <= before_s
         ]
 
     def remove(self, task: str, version: str | None) -> None:

@@ -5,6 +5,7 @@ Whoever writes the store may link within it; what a link has outside of it is ne
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import shutil
@@ -44,6 +45,8 @@ from adapters.staging import (
 )
 from adapters.store import CONFIG, PICKLE, Files, Look
 
+_YOUNG_NS = 2 * 10**9
+
 
 class Directory:
     """A directory of PEFT folders, one a task, and of versions below them.
@@ -55,7 +58,6 @@ class Directory:
         """Take the directory; it may be empty, and need not exist yet."""
         self.root = Path(root)
         self.url = str(root)
-        self._opened_s = time.time()
 
     def tasks(self) -> list[str]:
         """Return the names of all tasks that have a plain folder or a version, sorted."""
@@ -66,6 +68,18 @@ class Directory:
         with entries:
             names = [entry.name for entry in entries if TASK_NAME.fullmatch(entry.name)]
         return sorted(name for name in names if self._is_task(name))
+
+    def folders(self) -> dict[str, int]:
+        """Return the folder of every possible task -> a mark."""
+        marks: dict[str, int] = {}
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root) as entries:
+            young_ns = time.time_ns() - _YOUNG_NS
+            for entry in entries:
+                if TASK_NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                    with suppress(OSError):  # it has just gone
+                        # A clock ticks in milliseconds, and more may come within this one.
+                        marks[entry.name] = min(entry.stat().st_mtime_ns, young_ns)
+        return marks
 
     def versions(self, task: str) -> list[str]:
         """Return the names of a task's version folders, the oldest change first."""
@@ -171,12 +185,12 @@ class Directory:
             shutil.rmtree(place, ignore_errors=True)
 
     def unfinished(self, quiet_s: float = 0.0) -> list[tuple[str, str | None, str | None]]:
-        """Return stagings in which nothing changed since this store was opened."""
+        """Return the stagings that there are, or those in which nothing changed for so long."""
         found = []
-        before_s = min(self._opened_s, time.time() - quiet_s)
+        before_s = time.time() - quiet_s if quiet_s else math.inf
         for staging in sorted(os.listdir(self.root / FOLDER)) if self._has_stagings() else ():
             place = self._staged(staging)
-            if place is None or youngest_s(place) >= before_s:
+            if place is None or youngest_s(place) > before_s:
                 continue
             content = None
             with suppress(OSError):
@@ -260,10 +274,9 @@ class Directory:
 
     def _new(self, staging: str) -> Path:
         place = self.root / FOLDER / staging
-        place.mkdir(parents=True)
-        if not self._has_stagings():
-            place.rmdir()
+        if place.parent.is_symlink():
             raise StoreUnreachable(self.url, f"{FOLDER} is a link; make it a folder")
+        place.mkdir(parents=True)
         return place
 
     def _has_stagings(self) -> bool:

@@ -25,6 +25,10 @@ logger = logging.getLogger("ray.serve")
 
 _ENTRY = "entry.json"
 _ABANDONED_S = 3600.0
+# What other processes have put here is counted now and then: of the time, counting takes so much.
+_COUNT_SHARE = 0.05
+# Room that is made at a time, so that a full cache is not counted at every load.
+_KEPT_SHARE = 0.9
 
 
 def default_folder() -> Path:
@@ -49,6 +53,8 @@ class Disk:
         self._root = root
         self._folder = root / hashlib.sha256(url.encode()).hexdigest()[:16]
         self._max_bytes = max_bytes
+        self._used_bytes = 0  # of all processes, as last counted, and of this one since
+        self._next_count_s = 0.0
 
     def look(self, task: str, version: str) -> Look | None:
         """Return what the store's listing said of a version that is here."""
@@ -92,7 +98,7 @@ class Disk:
         return None
 
     def put(self, files: Files, look: Look) -> None:
-        """Keep a version, and let the least recently used go until the budget holds.
+        """Keep a version, and let the least recently used go when the budget is over.
 
         A version over the whole budget is not kept, nor is one that the disk has no room for.
         """
@@ -118,7 +124,12 @@ class Disk:
             if not place.is_dir():
                 logger.warning("the disk cache %s cannot be written: %s", self._root, error)
             shutil.rmtree(written, ignore_errors=True)
-        self._evict()
+        self._used_bytes += num_bytes
+        started_s = time.monotonic()
+        if self._used_bytes > self._max_bytes or started_s >= self._next_count_s:
+            self._used_bytes = self._evict()
+            ended_s = time.monotonic()
+            self._next_count_s = ended_s + (ended_s - started_s) / _COUNT_SHARE
 
     def forget(self, task: str, version: str) -> None:
         """Remove a version, if it is here."""
@@ -141,8 +152,8 @@ class Disk:
         except (OSError, ValueError, TypeError, KeyError):
             return False
 
-    def _evict(self) -> None:
-        """Drop entries, of whatever store, the least recently used first."""
+    def _evict(self) -> int:
+        """Drop entries, of whatever store, the least recently used first; return what is left."""
         entries, used_bytes = [], 0
         for folder in self._root.iterdir():
             for place in _places(folder, abandoned=True):
@@ -150,11 +161,13 @@ class Disk:
                     num_bytes = sum(path.stat().st_size for path in place.iterdir())
                     entries.append((place.stat().st_mtime_ns, num_bytes, place))
                     used_bytes += num_bytes
-        for _, num_bytes, place in sorted(entries):
-            if used_bytes <= self._max_bytes:
-                break
-            _drop(place)
-            used_bytes -= num_bytes
+        if used_bytes > self._max_bytes:
+            for _, num_bytes, place in sorted(entries):
+                if used_bytes <= _KEPT_SHARE * self._max_bytes:
+                    break
+                _drop(place)
+                used_bytes -= num_bytes
+        return used_bytes
 
 
 def _own(root: Path) -> None:

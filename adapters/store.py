@@ -82,6 +82,13 @@ class Store(Protocol):
     def tasks(self) -> list[str]:
         """Return the names of all tasks that have a plain folder or a version, sorted."""
 
+    def folders(self) -> dict[str, int]:
+        """Return the folder of every possible task -> a mark.
+
+        Another mark says that something was added to the folder or removed from it; what became of
+        the files in it, `look` tells.
+        """
+
     def versions(self, task: str) -> list[str]:
         """Return the names of a task's version folders, the oldest change first."""
 
@@ -160,11 +167,11 @@ class Store(Protocol):
         """Remove a staging and its marker, if it is there."""
 
     def unfinished(self, quiet_s: float = 0.0) -> list[tuple[str, str | None, str | None]]:
-        """Return stagings in which nothing changed since this store was opened.
+        """Return the stagings that there are.
 
         Args:
-            quiet_s: Only those in which nothing changed for so long: another cluster on the same
-                store may be alive.
+            quiet_s: Only those in which nothing changed for so long, whose process may be taken
+                for dead: any ingress may stage, and so may another cluster on the same store.
 
         Returns:
             (staging, task, version) each; both None for one that was not being published.

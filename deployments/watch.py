@@ -1,0 +1,148 @@
+"""The last snapshot of the catalog that somebody holds, kept up to date. No ray, no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from typing import Any
+
+from deployments.snapshot import Snapshot, TaskRecord
+
+logger = logging.getLogger("ray.serve")
+
+Page = Mapping[str, Any]
+Poll = Callable[[str, int, str], Awaitable[Page]]
+Prepare = Callable[[Snapshot, Snapshot, Collection[str]], Awaitable[None]]
+
+POLL_S = 2.0
+"""Longest that the catalog keeps a poll waiting for news."""
+
+
+class Watch:
+    """Follows the catalog by long polls; while it is away, by the store that it writes to.
+
+    Owned by one event loop. Whoever asks for `snapshot` waits for nobody.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], Snapshot],
+        poll: Poll,
+        prepare: Prepare,
+        *,
+        prepare_s: float = 2.0,
+        patience_s: float = 3.0,
+        every_s: float = 1.0,
+    ) -> None:
+        """Take where snapshots come from.
+
+        Args:
+            read: Reads the newest revision from the store; it blocks, and is called in a thread.
+            poll: Asks the catalog, as `deployments.catalog.feed.Feed.page` answers.
+            prepare: Awaited with (old, new, names of the tasks that differ) before the new
+                snapshot is held.
+            prepare_s: Longest that a new snapshot waits for that.
+            patience_s: How much longer than `POLL_S` a poll may take.
+            every_s: How often the store is read while the catalog is away.
+        """
+        self._read, self._poll, self._prepare = read, poll, prepare
+        self._prepare_s, self._patience_s, self._every_s = prepare_s, patience_s, every_s
+        self._name = uuid.uuid4().hex
+        self._contact_s = time.monotonic()
+        self._away = False
+        self._installed = asyncio.Condition()
+        self._loop: asyncio.Task[None] | None = None
+        self.snapshot = Snapshot()
+
+    @property
+    def stale_s(self) -> float:
+        """Seconds since the catalog or the store last said what is true, 0 while one of them does.
+
+        A poll may wait for `POLL_S`, which is no silence.
+        """
+        silent_s = time.monotonic() - self._contact_s
+        return 0.0 if silent_s <= POLL_S + self._patience_s else silent_s
+
+    async def start(self) -> None:
+        """Hold what the store says now, and follow from there on.
+
+        Raises:
+            Exception: What `read` raised: without it nobody knows what to answer.
+        """
+        await self._install(await asyncio.to_thread(self._read))
+        self._loop = asyncio.get_running_loop().create_task(self._follow())
+
+    async def reach(self, revision: int) -> None:
+        """Wait until a revision, or a later one, is held."""
+        async with self._installed:
+            await self._installed.wait_for(lambda: self.snapshot.revision >= revision)
+
+    def stop(self) -> None:
+        """Follow no more."""
+        if self._loop is not None:
+            self._loop.cancel()
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                await self._install(await self._ask())
+                self._told(away=False)
+            except Exception as error:
+                self._told(away=True, why=error)
+                await self._look()
+                await asyncio.sleep(self._every_s)
+
+    async def _ask(self) -> Snapshot:
+        """Wait for news of the catalog, however many pages they fill."""
+        held = self.snapshot
+        page = await self._one_page(held.revision, "")
+        revision, tasks = page["revision"], {} if page["reset"] else dict(held.tasks)
+        while True:
+            for task, record in page["tasks"].items():
+                tasks.pop(task, None)
+                if record is not None:
+                    tasks[task] = TaskRecord.model_validate(record)
+            if page["next"] is None:
+                break
+            page = await self._one_page(held.revision, page["next"])
+        # What changed between the pages has a later revision, and comes with the next poll.
+        return Snapshot(revision=revision, tasks=tasks)
+
+    async def _one_page(self, revision: int, after: str) -> Page:
+        return await asyncio.wait_for(
+            self._poll(self._name, revision, after), POLL_S + self._patience_s
+        )
+
+    async def _look(self) -> None:
+        """Read the store, since the catalog does not answer."""
+        try:
+            await self._install(await asyncio.to_thread(self._read))
+        except Exception as error:
+            logger.error("catalog=away, and the store cannot be read: %s", error)
+        else:
+            self._contact_s = time.monotonic()
+
+    async def _install(self, new: Snapshot) -> None:
+        """Hold a snapshot, once what it needs is prepared; an older one is never held."""
+        old = self.snapshot
+        if new.revision > old.revision:
+            names = {*old.tasks, *new.tasks}
+            changed = {name for name in names if old.tasks.get(name) != new.tasks.get(name)}
+            try:
+                await asyncio.wait_for(self._prepare(old, new, changed), self._prepare_s)
+            except Exception as error:
+                logger.warning("catalog revision=%d is held unprepared: %r", new.revision, error)
+            async with self._installed:
+                self.snapshot = new
+                self._installed.notify_all()
+        self._contact_s = time.monotonic()
+
+    def _told(self, *, away: bool, why: Exception | None = None) -> None:
+        """Say once that the catalog went, or came back."""
+        if away != self._away:
+            self._away = away
+            state = f"away, reading the store instead: {why!r}" if away else "back"
+            logger.warning("catalog=%s revision=%d", state, self.snapshot.revision)

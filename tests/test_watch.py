@@ -1,0 +1,149 @@
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Collection
+from typing import Any
+
+import pytest
+
+from deployments.catalog.feed import Feed
+from deployments.snapshot import Snapshot, TaskRecord, VersionRecord
+from deployments.watch import Watch
+
+VERSION = "0" * 8
+
+
+def snapshot(revision: int, **revisions: int) -> Snapshot:
+    one = VersionRecord(created_s=0, by="us", source="upload")
+    tasks = {
+        task: TaskRecord(revision=r, active=VERSION, versions={VERSION: one})
+        for task, r in revisions.items()
+    }
+    return Snapshot(revision=revision, tasks=tasks)
+
+
+class Catalog:
+    """A real feed over a store that is a field, either of which can be away."""
+
+    def __init__(self) -> None:
+        self.stored = snapshot(1, one=1)
+        self.feed = Feed(self.stored)
+        self.away = self.store_away = False
+        self.prepared: list[tuple[int, int, set[str]]] = []
+        self.prepare_s = 0.0
+
+    async def write(self, new: Snapshot) -> None:
+        self.stored = new
+        await self.feed.publish(new)
+
+    def read(self) -> Snapshot:
+        if self.store_away:
+            raise OSError("the store is away")
+        return self.stored
+
+    async def poll(self, watcher: str, revision: int, after: str) -> dict[str, Any]:
+        if self.away:
+            raise ConnectionError("the catalog is away")
+        return await self.feed.page(revision, after, 0.2)
+
+    async def prepare(self, old: Snapshot, new: Snapshot, changed: Collection[str]) -> None:
+        self.prepared.append((old.revision, new.revision, set(changed)))
+        await asyncio.sleep(self.prepare_s)
+
+
+@pytest.fixture
+def catalog() -> Catalog:
+    return Catalog()
+
+
+@pytest.fixture
+async def watch(catalog: Catalog) -> AsyncIterator[Watch]:
+    watch = Watch(
+        catalog.read, catalog.poll, catalog.prepare, prepare_s=0.3, patience_s=0.5, every_s=0.05
+    )
+    await watch.start()
+    yield watch
+    watch.stop()
+
+
+async def until(happened: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not happened():
+            await asyncio.sleep(0.01)
+
+
+async def test_it_starts_from_the_store_and_follows_the_catalog(
+    catalog: Catalog, watch: Watch
+) -> None:
+    assert watch.snapshot == catalog.stored
+    await catalog.write(snapshot(2, one=1, two=2))
+    await asyncio.wait_for(watch.reach(2), 5)
+    assert watch.snapshot == catalog.stored
+    await catalog.write(snapshot(3, two=2))
+    await asyncio.wait_for(watch.reach(3), 5)
+    assert watch.snapshot == catalog.stored
+
+
+async def test_a_start_without_the_store_fails(catalog: Catalog) -> None:
+    catalog.store_away = True
+    with pytest.raises(OSError, match="away"):
+        await Watch(catalog.read, catalog.poll, catalog.prepare).start()
+
+
+async def test_a_snapshot_is_prepared_before_it_is_held(catalog: Catalog, watch: Watch) -> None:
+    catalog.prepare_s = 0.15
+    await catalog.write(snapshot(2, one=1, two=2))
+    await until(lambda: (1, 2, {"two"}) in catalog.prepared)
+    assert watch.snapshot.revision == 1
+    await asyncio.wait_for(watch.reach(2), 5)
+
+
+async def test_a_preparation_that_hangs_is_not_waited_for_long(
+    catalog: Catalog, watch: Watch
+) -> None:
+    catalog.prepare_s = 60.0
+    await catalog.write(snapshot(2, two=2))
+    await asyncio.wait_for(watch.reach(2), 5)
+
+
+async def test_reach_waits_for_its_revision(catalog: Catalog, watch: Watch) -> None:
+    waiting = asyncio.ensure_future(watch.reach(3))
+    await catalog.write(snapshot(2, one=2))
+    await asyncio.wait_for(watch.reach(2), 5)
+    assert not waiting.done()
+    await catalog.write(snapshot(3, one=3))
+    await asyncio.wait_for(waiting, 5)
+
+
+async def test_without_the_catalog_the_store_says_what_is_true(
+    catalog: Catalog, watch: Watch
+) -> None:
+    catalog.away = True
+    catalog.stored = snapshot(4, four=4)  # another cluster's, of which the feed knows nothing
+    await asyncio.wait_for(watch.reach(4), 5)
+    assert watch.snapshot == catalog.stored
+    assert watch.stale_s == 0
+    catalog.away = False
+    await catalog.write(snapshot(5, four=4, five=5))
+    await asyncio.wait_for(watch.reach(5), 5)
+    assert watch.snapshot == catalog.stored
+
+
+async def test_without_either_it_says_for_how_long(
+    catalog: Catalog, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.watch.POLL_S", 0.1)
+    catalog.away = catalog.store_away = True
+    gone_s = time.monotonic()
+    await until(lambda: watch.stale_s > 0)
+    assert watch.stale_s <= time.monotonic() - gone_s + 1.0
+    assert watch.snapshot.revision == 1
+    catalog.store_away = False
+    await until(lambda: watch.stale_s == 0)
+
+
+async def test_an_older_revision_is_never_held(catalog: Catalog, watch: Watch) -> None:
+    await catalog.write(snapshot(3, one=3))
+    await asyncio.wait_for(watch.reach(3), 5)
+    catalog.away, catalog.stored = True, snapshot(2, one=2)
+    await asyncio.sleep(0.3)
+    assert watch.snapshot == snapshot(3, one=3)
