@@ -137,11 +137,13 @@ async def test_a_task_that_no_name_pins_is_pinned_as_said() -> None:
     assert seats.kept == []
 
 
-async def test_what_is_let_go_while_it_comes_does_not_stay() -> None:
+@pytest.mark.parametrize("turns", range(8))
+async def test_what_is_let_go_while_it_comes_does_not_stay(turns: int) -> None:
     pinned, seats, _ = await loaded()
     pinned.say("mood", ["mood@1"])
     coming = asyncio.ensure_future(pinned.bring(["mood"]))
-    await asyncio.sleep(0)
+    for _ in range(turns):
+        await asyncio.sleep(0)
     pinned.say("mood", [])
     await coming
     assert seats.kept == []
