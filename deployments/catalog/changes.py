@@ -59,11 +59,15 @@ class Changes:
             version = facts["version"]
             await self._adopt_folder(task, by)
 
+            published = False
+
             async def prepare(record: TaskRecord | None) -> Transition:
+                nonlocal published
                 if record is not None and (record.deleted or version in record.doomed):
                     raise NotReady(f"{task}@{version} is being deleted; try again in a second")
-                if record is None or version not in record.versions:
+                if not published and (record is None or version not in record.versions):
                     await asyncio.to_thread(self._store.publish, staging, task, version)
+                    published = True  # what was staged has moved; a second draft finds it there
                 now_s = datetime.now(UTC).timestamp()
                 seen = 0 if record is None else record.revision
                 return lambda snapshot: state.add_version(

@@ -34,9 +34,11 @@ async def make_ready(
     ruled = old is not None and old.rules != new.rules
     for version in sorted(new.in_use) if ruled else fresh:
         await checked(effects.describe(task, version, new.rules))
-    for version in fresh:
+    switches = old is None or old.active != new.active
+    # A canary has been in slots, and may have left those of a replica that never got its rows.
+    for version in sorted({*fresh, new.active} if switches else fresh):
         await checked(effects.warm(task, version))
-    if golden and (old is None or old.active != new.active):
+    if golden and switches:
         problems = await effects.golden(task, new.active, new.rules)
         if problems:
             raise BadInput(f"{task}@{new.active} is not activated: {'; '.join(problems)}")

@@ -203,6 +203,24 @@ async def test_a_change_that_was_overtaken_is_made_ready_anew(world: World) -> N
     assert world.record.active == second
 
 
+async def test_an_upload_that_was_overtaken_finds_what_it_published(world: World) -> None:
+    await world.publish(1)
+    world.replicas.meanwhile = lambda: world.patch(rules={"threshold": 0.5})
+    told = await world.publish(2, activate=True)
+    assert told["created"]
+    assert world.record.active == told["version"]
+    assert len(world.files()) == 4
+
+
+async def test_a_canary_is_warmed_anew_before_it_is_active(world: World) -> None:
+    await world.publish(1)
+    second = (await world.publish(2))["version"]
+    await world.patch(traffic={second: 0.5})
+    world.replicas.asked.clear()
+    await world.patch(active=second)
+    assert ("warm", "mood", second) in world.replicas.asked
+
+
 async def test_a_rollback_asks_for_no_golden_answers(world: World) -> None:
     first = (await world.publish(1))["version"]
     second = (await world.publish(2, activate=True))["version"]
