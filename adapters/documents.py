@@ -11,11 +11,11 @@ import errno
 import os
 import secrets
 import shutil
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
+
+from adapters.object_documents import ObjectDocuments
 
 # What link(2) says where a file system has none: FAT, SMB, some FUSE.
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -23,8 +23,6 @@ _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
 _INSIDE = "document"
 _DEAD_S = 3600.0
-_CONFLICT_WAITS_S = (0.05, 0.2, 0.5, 1.0)
-_MEMORY = threading.Lock()
 
 
 class Documents(Protocol):
@@ -82,8 +80,10 @@ class FolderDocuments:
         temporary = _temporary(target)
         try:
             _write(temporary, content)
-            with self._first(path, content):
-                _link(temporary, target)
+            _link(temporary, target)
+        except FileExistsError:
+            if not self._holds(path, content):
+                raise FileExistsError(errno.EEXIST, "it is there already", path) from None
         finally:
             temporary.unlink(missing_ok=True)
         _sync(target.parent)
@@ -124,14 +124,10 @@ class FolderDocuments:
                 target.rename(gone)
                 shutil.rmtree(gone)
 
-    @contextlib.contextmanager
-    def _first(self, path: str, content: bytes) -> Iterator[None]:
-        """Let a file that is there pass if it is the one to be made."""
-        try:
-            yield
-        except FileExistsError:
-            if not _holds(self, path, content):
-                raise FileExistsError(errno.EEXIST, "it is there already", path) from None
+    def _holds(self, path: str, content: bytes) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return self.read(path) == content
+        return False
 
     def _prepare(self, folder: Path) -> None:
         """Make a folder durably, and remove what writers that were killed have left in it."""
@@ -148,94 +144,6 @@ class FolderDocuments:
                 if entry.name.startswith("."):
                     _bury(entry)
         self._ready.add(folder)
-
-
-class ObjectDocuments:
-    """Documents in an object store that fsspec reaches.
-
-    A document is one conditional PUT (`If-None-Match: *` on S3, a generation of 0 on GCS). A store
-    that does not know the condition would overwrite without a word; it is found out, and refused.
-    """
-
-    def __init__(self, url: str) -> None:
-        """Take the URL of the store; nothing is asked of it yet."""
-        import fsspec  # Not needed for a directory.
-
-        # Documents are small: a store that is silent for that long is away.
-        patience = {"config_kwargs": {"connect_timeout": 5, "read_timeout": 15}}
-        options = patience if url.startswith("s3://") else {}
-        self._files, self._root = fsspec.url_to_fs(url, use_listings_cache=False, **options)
-        self._url = url
-        # fsspec's memory looks whether a file is there, then makes it; threads come in between.
-        self._turn = _MEMORY if url.startswith("memory://") else contextlib.nullcontext()
-        self._is_fit = False
-
-    def create(self, path: str, content: bytes) -> None:
-        """See `Documents.create`."""
-        if not self._is_fit:
-            self._try_out(f"{path.rpartition('/')[0]}/.create-only")
-        if not self._put(path, content) and not _holds(self, path, content):
-            raise FileExistsError(errno.EEXIST, "it is there already", path)
-
-    def read(self, path: str) -> bytes:
-        """See `Documents.read`."""
-        content: bytes = self._files.cat_file(f"{self._root}/{path}")
-        return content
-
-    def names(self, folder: str) -> list[str]:
-        """See `Documents.names`."""
-        try:
-            found = self._files.ls(f"{self._root}/{folder}", detail=True)
-        except FileNotFoundError:
-            return []
-        names = [one["name"].rpartition("/")[2] for one in found if one["type"] == "file"]
-        return [name for name in names if name and not name.startswith(".")]
-
-    def delete(self, path: str) -> None:
-        """See `Documents.delete`."""
-        with contextlib.suppress(FileNotFoundError):
-            self._files.rm_file(f"{self._root}/{path}")
-
-    def _put(self, path: str, content: bytes) -> bool:
-        """Make an object; return False if there is one."""
-        for wait_s in (*_CONFLICT_WAITS_S, None):
-            try:
-                with self._turn:
-                    self._files.pipe_file(f"{self._root}/{path}", content, mode="create")
-                return True
-            except FileExistsError:
-                return False
-            except OSError as error:
-                status = _http_status(error)
-                if status == 412:
-                    return False
-                if status != 409 or wait_s is None:
-                    raise
-                time.sleep(wait_s)  # S3 is still busy with another writer's: ask again
-        raise AssertionError("the last attempt returns or raises")
-
-    def _try_out(self, path: str) -> None:
-        if self._put(path, b"{}") and self._put(path, b"{}"):
-            raise OSError(
-                errno.EOPNOTSUPP,
-                f"{self._url} overwrites objects in spite of If-None-Match, so that a catalog in "
-                "it could lose changes; use a store that knows conditional writes",
-            )
-        self._is_fit = True
-
-
-def _holds(documents: Documents, path: str, content: bytes) -> bool:
-    try:
-        return documents.read(path) == content
-    except FileNotFoundError:
-        return False  # it was there a moment ago
-
-
-def _http_status(error: OSError) -> int | None:
-    """Return the HTTP status that S3 gave as the cause of an error, None if there is none."""
-    response: dict[str, Any] = getattr(error.__cause__, "response", {})
-    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    return status if isinstance(status, int) else None
 
 
 def _temporary(target: Path) -> Path:

@@ -91,12 +91,12 @@ class Pinned:
 
     async def _bring(self, task: str) -> Exception | None:
         """Keep what stays of a task; return the first problem, which must not stop the others."""
-        said = self._said[task]
+        said = self._said.get(task, frozenset())
         try:
             versions = [await self._find(task)] if said is None else sorted(said)
         except Exception as error:
             return error
-        if self._said.get(task, ()) != said:
+        if self._said.get(task, frozenset()) != said:
             return None  # something else was said meanwhile
         tries = (self._keep(task, version) for version in versions)
         problems = await asyncio.gather(*tries, return_exceptions=True)

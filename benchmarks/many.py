@@ -31,7 +31,7 @@ from benchmarks.bases import ROOT, base_folder
 from benchmarks.fleet import write_fleet
 from benchmarks.record import table
 from deployments.config import Args
-from deployments.ingress.tasks import Tasks
+from deployments.ingress.folders import Folders
 from deployments.model.deployment import Model
 
 COUNTS = (10, 1_000, 10_000)
@@ -128,7 +128,7 @@ async def lookups(base: str, store: Path, count: int) -> dict[str, Any]:
         Args(base_model=base, adapter_store=str(store), quantization="int8", device="cpu")
     )
     made_s = time.perf_counter() - started
-    tasks = Tasks(Directory(store), model.describe, settle_s=0.0)
+    tasks = Folders(Directory(store), model.describe, settle_s=0.0)
     names = Directory(store).tasks()
     step = max(1, len(names) // TOUCHED)
     never, first, known = [], [], []

@@ -18,6 +18,7 @@ from pydantic import (
 from adapters.geometry import hub_id
 from adapters.store import Store, check_url, local_folder, open_store
 from deployments.base import BaseName
+from deployments.source import Source
 
 Auto = Literal["auto"]
 Name = Annotated[str, Field(min_length=1)]
@@ -105,11 +106,28 @@ class Args(BaseModel):
         "one and computes with its share of its node's, less one for all that is no forward.",
     )
 
+    on_lost_catalog: Literal["refuse", "serve"] = Field(
+        "refuse",
+        description="What an ingress does that for 5 s has reached neither the catalog nor the "
+        "store: it answers 503, or goes on by what it knows and says so in its answers.",
+    )
+
     max_request_rows: Annotated[int, Field(ge=1)] = Field(
         1024, description="Most texts a request, and most windows of all its texts."
     )
     max_body_bytes: Annotated[int, Field(ge=1024)] = Field(
         4 * 2**20, description="Largest request body."
+    )
+
+    max_upload_bytes: Annotated[int, Field(ge=1024)] = Field(
+        2**30,
+        description="Largest upload of a version, which waits in the system's temporary folder "
+        "while it comes, and most bytes fetched from a source.",
+    )
+    allowed_sources: tuple[Name, ...] = Field(
+        (),
+        description="Where versions may be fetched from, by the beginnings of their names: "
+        "hf://org, s3://bucket/folder, gs://…, file:///folder. Nowhere unless said.",
     )
 
     @field_validator("base_model")
@@ -138,7 +156,17 @@ class Args(BaseModel):
                 raise ValueError(f"base_aliases: {name!r} is not a hub id (org/name)")
         return value
 
-    @field_validator("base_aliases", "pinned_tasks", mode="before")
+    @field_validator("allowed_sources")
+    @classmethod
+    def _are_sources(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            try:
+                Source.parse_prefix(name)
+            except ValueError as error:
+                raise ValueError(f"allowed_sources: {error}") from None
+        return value
+
+    @field_validator("base_aliases", "pinned_tasks", "allowed_sources", mode="before")
     @classmethod
     def _split_names(cls, value: Any) -> Any:
         """The command line has no lists: `base_aliases=a/b,c/d`."""
@@ -193,6 +221,21 @@ class Args(BaseModel):
         if Path(self.base_model).exists():
             changes["base_model"] = str(Path(self.base_model).absolute())
         return self.model_copy(update=changes)
+
+
+def admin_token() -> str | None:
+    """Return the token that changes need, from `ONEBASE_ADMIN_TOKEN`; None if it is not set.
+
+    Raises:
+        ConfigError: It is empty, or has what no header can carry.
+    """
+    token = os.environ.get("ONEBASE_ADMIN_TOKEN")
+    # A variable that was to hold a secret and holds none must not open what it was to close.
+    if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
+        raise ConfigError("ONEBASE_ADMIN_TOKEN has characters that a header cannot carry")
+    if token == "":
+        raise ConfigError("ONEBASE_ADMIN_TOKEN is empty; give it a long random value, or unset it")
+    return token
 
 
 def tokenize_without_pool() -> None:

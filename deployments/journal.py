@@ -60,7 +60,7 @@ class _File(Snapshot):
 
 
 class Journal:
-    """Reads and writes revisions. Not for several threads at a time; all calls block."""
+    """Reads and writes revisions; all calls block. Any thread may read, one at a time may write."""
 
     def __init__(self, documents: Documents) -> None:
         """Take where they lie."""

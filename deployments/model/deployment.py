@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import ray
@@ -15,20 +14,22 @@ import torch
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
+from adapters.documents import open_documents
 from adapters.rules import ProblemType
 from deployments.config import GIB, Args
 from deployments.errors import BatchLoopDied
-from deployments.model.budget import Budget
+from deployments.journal import Journal
+from deployments.model.budget import make_planner
 from deployments.model.dynamic_batch import batch_queue, dynamic_batch
 from deployments.model.engine import BadRow, EmptySlot, Engine, Loaded
 from deployments.model.facts import to_facts
 from deployments.model.memory import take_stock
-from deployments.model.planner import Planner
 from deployments.model.residents import Residents
 from deployments.model.threads import forward_threads
 from deployments.model.vocabulary import export_vocabulary, to_pages
 from deployments.rows import Facts, Prediction, Row, Tokens
 from deployments.snapshot import Snapshot
+from deployments.watch import Watch
 
 logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
@@ -51,7 +52,7 @@ class Model:
         vocabulary = export_vocabulary(self.engine.encoder)
         self._max_length = vocabulary["max_length"]
         self._pages = to_pages(vocabulary)
-        self.planner = make_planner(args, self.engine.device)
+        self.planner = make_planner(args, on_cpu=self.engine.device.type == "cpu")
         host_bytes = int(args.max_host_gib * GIB)
         memory = take_stock(self.engine.encoder, self.planner.most_tokens, host_bytes)
         memory.check()
@@ -64,6 +65,7 @@ class Model:
             write=self._write,
             forget=self._forget,
         )
+        await self._follow_catalog(args)
         await self.residents.load_pinned()
         logger.info(
             "base=%s quantization=%s device=%s threads=%d memory: %s",
@@ -126,10 +128,6 @@ class Model:
         """
         return {"replica": _replica(), **await self.residents.residency(after, limit)}
 
-    async def follow(self, old: Snapshot, new: Snapshot) -> None:
-        """Go from one snapshot of the catalog to a newer one; see `Residents.follow`."""
-        await self.residents.follow(old, new)
-
     async def prefetch(self, tasks: Collection[str]) -> None:
         """Bring tasks into host RAM; see `Residents.prefetch`."""
         await self.residents.prefetch(tasks)
@@ -186,6 +184,26 @@ class Model:
         if queue is not None and not queue.alive:
             raise RuntimeError("the batch loop has ended")
 
+    async def _follow_catalog(self, args: Args) -> None:
+        """Keep and forget what the catalog says, if there is one: without Serve there is none."""
+        try:
+            app = serve.get_replica_context().app_name
+        except RayServeException:
+            return
+
+        async def poll(watcher: str, revision: int, after: str) -> dict[str, Any]:
+            # By its name, which has to wait until both are deployed: the catalog has our handle.
+            catalog = serve.get_deployment_handle("Catalog", app)
+            page: dict[str, Any] = await catalog.poll.remote(watcher, revision, after)
+            return page
+
+        journal = Journal(open_documents(args.adapter_store))
+        self._watch = Watch(journal.newer, poll, self._heed)
+        await self._watch.start()
+
+    async def _heed(self, old: Snapshot, new: Snapshot, changed: Collection[str]) -> None:
+        await self.residents.follow(old, new)
+
     async def _write(self, slot: int, loaded: Loaded, gone: Sequence[int]) -> None:
         """Hand an adapter over to a slot, after those that leave.
 
@@ -220,22 +238,6 @@ class Model:
 
     async def _on_device(self, work: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._device, work, *args)
-
-
-def make_planner(args: Args, device: torch.device) -> Budget:
-    """Return the planner for a device.
-
-    On a CPU more than about a thousand tokens leave its caches and take longer a token, and a
-    forward has little fixed cost: less padding is better (benchmarks/padding.py).
-    """
-    on_cpu = device.type == "cpu"
-    tokens = args.max_batch_tokens
-    if tokens == "auto":
-        tokens = 1024 if on_cpu else 16384
-    planner = Planner(args.max_batch_rows, tokens)
-    if on_cpu:
-        planner = replace(planner, max_stretch=1.25, short_tokens=8)
-    return Budget(planner)
 
 
 def _timed(

@@ -19,7 +19,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from adapters.artifact import Artifact
-from adapters.errors import AdapterError
+from adapters.errors import AdapterError, AdapterIncomplete
 from adapters.host import Host
 from adapters.pinned import Pinned
 from adapters.slots import Slots
@@ -146,11 +146,8 @@ class Residents:
         answered. What is pinned is on its way into slots, and loads longer if it must.
         """
         self._snapshot = new
-        tasks = [
-            task
-            for task in old.tasks.keys() | new.tasks.keys()
-            if old.tasks.get(task) is not new.tasks.get(task)
-        ]
+        tasks = [task for task, record in new.tasks.items() if old.tasks.get(task) is not record]
+        tasks += [task for task in old.tasks if task not in new.tasks]
         gone = []
         for task in tasks:
             before, record = old.tasks.get(task), new.tasks.get(task)
@@ -274,6 +271,8 @@ class Residents:
         """Return a version from the host's RAM if its folder is as it was, else read it."""
         name = f"{task}@{version}"
         held = self.host.peek(name)
-        if held is not None and held.look != await self.reader.look(task, version):
-            self.host.drop(name)
+        if held is not None:
+            with contextlib.suppress(AdapterIncomplete):  # a store that is away changes nothing
+                if held.look != await self.reader.look(task, version):
+                    self.host.drop(name)
         return await self.host.get(name, lambda: self.reader.read(task, version))

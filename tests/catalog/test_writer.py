@@ -59,6 +59,8 @@ def test_two_writers_see_and_judge_what_the_other_wrote(documents: Documents) ->
     with pytest.raises(Stale, match="etag 2, not 1"):
         commit(one, pin(True, if_match=1))
     assert commit(one, pin(True, if_match=2)).revision == 3
+    # The other has not been told, and is asked on behalf of somebody who was.
+    assert commit(two, pin(False, if_match=3)).revision == 4
 
 
 def test_a_writer_that_slept_through_all_that_is_pruned_takes_no_number(tmp_path: Path) -> None:

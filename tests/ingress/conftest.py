@@ -5,9 +5,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers, processors
 
 from adapters.directory import Directory
 from deployments.rows import Facts
+from deployments.snapshot import TaskRecord
+from deployments.tokens import Tokenizer
 
 GOOD: Facts = {
     "task": "mood",
@@ -32,12 +36,54 @@ GOOD: Facts = {
 }
 
 
+NUM_WORDS = 1000
+CLS, SEP = NUM_WORDS + 1, NUM_WORDS + 2
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """Its ids spell the words: w17 is 17."""
+    words = {f"w{n}": n for n in range(NUM_WORDS)}
+    specials = {"[UNK]": NUM_WORDS, "[CLS]": CLS, "[SEP]": SEP}
+    backend = Backend(models.WordLevel(words | specials, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.BertProcessing(("[SEP]", SEP), ("[CLS]", CLS))
+    return Tokenizer(
+        {
+            "backend": backend.to_str(),
+            "max_length": 512,
+            "truncation_side": "right",
+            "split_special_tokens": False,
+            "type_ids": True,
+            "unk_id": NUM_WORDS,
+        }
+    )
+
+
 @pytest.fixture
 def make_facts() -> Callable[..., Facts]:
     def make_facts(**changes: Any) -> Facts:
         return {**GOOD, **changes}
 
     return make_facts
+
+
+@pytest.fixture
+def make_record() -> Callable[..., TaskRecord]:
+    """A record of versions by name, the first of them active unless said."""
+
+    def make_record(*versions: str, **changes: Any) -> TaskRecord:
+        came = {"created_s": 1.0, "by": "me", "source": "upload"}
+        return TaskRecord.model_validate(
+            {
+                "revision": 1,
+                "active": versions[0],
+                "versions": dict.fromkeys(versions, came),
+                **changes,
+            }
+        )
+
+    return make_record
 
 
 @pytest.fixture
