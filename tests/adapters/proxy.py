@@ -12,10 +12,14 @@ Fault = Callable[["Handler", int, Headers, bytes], None]
 
 
 class Proxy:
-    """Notes `requests`, "GET /bucket/key?query"; `fault` says of one what breaks its answer."""
+    """Notes `requests`, "GET /bucket/key?query"; `fault` says of one what breaks its answer.
+
+    The largest body that it passed on for a request is in `largest_bytes`.
+    """
 
     def __init__(self, server: str) -> None:
         self.requests: list[str] = []
+        self.largest_bytes = 0
         self.fault: Callable[[str], Fault | None] = lambda line: None
         given = {"proxy": self, "server_at": urlsplit(server).netloc}
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Given", (Handler,), given))
@@ -41,6 +45,7 @@ class Handler(BaseHTTPRequestHandler):
         with server.getresponse() as answer:
             content, headers = answer.read(), {k.lower(): v for k, v in answer.getheaders()}
         server.close()
+        self.proxy.largest_bytes = max(self.proxy.largest_bytes, len(content))
         if self.command != "HEAD":
             headers["content-length"] = str(len(content))
         kept = {k: v for k, v in headers.items() if k not in ("transfer-encoding", "connection")}

@@ -189,6 +189,21 @@ def test_a_file_of_absurd_size_is_never_fetched(
     assert not [line for line in proxy.requests if name in line]
 
 
+def test_a_file_that_grows_after_it_was_listed_is_not_fetched_without_end(
+    proxy: Proxy, store: Store, put: Put, contents: Contents
+) -> None:
+    put("mood", contents(tokenizer__json=b"{}"))
+
+    def grow(line: str) -> None:
+        if "list-type=2" in line:
+            put("mood", {"tokenizer.json": b" " * 2**20})
+
+    proxy.fault = grow
+    with pytest.raises(AdapterIncomplete, match="changed while it was read"):
+        store.read("mood")
+    assert proxy.largest_bytes < 2**16
+
+
 def test_a_pickle_alone_is_refused_unread(
     proxy: Proxy, store: Store, put: Put, contents: Contents
 ) -> None:

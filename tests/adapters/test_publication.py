@@ -23,10 +23,10 @@ import os, signal, sys
 from adapters.directory import Directory
 root, call, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
 store, steps = Directory(root), 0
-WATCHED = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 def count(event, arguments):
     global steps
-    if event in WATCHED and root in str(arguments[0]):
+    here = event in ("open", "os.mkdir", "os.rename") and root in str(arguments[0])
+    if here or event in ("os.remove", "os.rmdir"):  # whose paths may be relative to a folder
         steps += 1
         if steps == n:
             os.kill(os.getpid(), signal.SIGKILL)
