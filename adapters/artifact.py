@@ -14,8 +14,8 @@ from adapters.geometry import Geometry, hub_id
 from adapters.pattern import PatternTooSlow
 from adapters.rules import ProblemType, Rules
 from adapters.sorter import Sorter
-from adapters.spec import Spec, read_spec
-from adapters.store import WEIGHTS, Files
+from adapters.spec import Spec, read_spec, read_task_json
+from adapters.store import RULES, WEIGHTS, Files
 from adapters.tokenizer import Comparison
 
 
@@ -27,7 +27,7 @@ class Artifact:
         task: The task it was read for.
         version: 8 hex digits, see `adapters.store.Files`.
         spec: What its config says.
-        rules: What its task.json says.
+        rules: What its task.json says, or others that were laid over it.
         num_labels: Rows of its last head linear.
         num_bytes: Size of its tensors as they lie in the file.
         training_length: Longest input in training in tokens, if its tokenizer files tell.
@@ -68,25 +68,29 @@ class Artifact:
         return replace(self, tensors={}, copies={})
 
 
-def read_artifact(files: Files, geometry: Geometry, base_sha256: str | None = None) -> Artifact:
+def read_artifact(
+    files: Files, geometry: Geometry, base_sha256: str | None = None, *, ruled: bool = True
+) -> Artifact:
     """Validate an adapter folder's files against a base.
 
     Args:
         files: The folder's content.
         geometry: What the base offers.
         base_sha256: SHA-256 of the base's model.safetensors, compared where the rules name one.
+        ruled: Whether its rules are read, and must fit it; `under_rules` does that later if not.
 
     Raises:
         AdapterRefused: With every problem that was found.
     """
-    spec, rules, problems = read_spec(files.contents)
+    read = {name: of for name, of in files.contents.items() if ruled or name != RULES}
+    spec, rules, problems = read_spec(read)
     stored = _read_tensors(files.contents[WEIGHTS], problems)
     if spec is None or rules is None or stored is None:
         raise AdapterRefused(files.task, problems)
     if spec.task_type not in geometry.graphs:
         problems.append(f"task_type {spec.task_type} is not served: the base has no class for it")
         raise AdapterRefused(files.task, problems)
-    problems += _base_problems(spec, rules, geometry, base_sha256)
+    problems += _base_problems(spec, geometry)
     tokenizer = geometry.tokenizer
     compared = Comparison() if tokenizer is None else tokenizer.compare(files.contents)
     problems += compared.problems
@@ -99,9 +103,8 @@ def read_artifact(files: Files, geometry: Geometry, base_sha256: str | None = No
     except PatternTooSlow as error:
         raise AdapterRefused(files.task, [*problems, str(error)]) from None
     num_labels = sorter.num_labels
-    for source, labels in (("task.json", rules.labels), ("config.json", spec.labels)):
-        if labels is not None and num_labels and len(labels) != num_labels:
-            problems.append(f"{source} names {len(labels)} labels, the head has {num_labels}")
+    if spec.labels is not None and num_labels and len(spec.labels) != num_labels:
+        problems.append(f"config.json names {len(spec.labels)} labels, the head has {num_labels}")
     artifact = Artifact(
         task=files.task,
         version=files.version,
@@ -113,14 +116,34 @@ def read_artifact(files: Files, geometry: Geometry, base_sha256: str | None = No
         tensors=sorter.tensors,
         copies=sorter.copies,
     )
-    if artifact.problem_type == "single_label_classification" and num_labels == 1:
-        problems.append("single_label_classification of one label would always be sure of it")
-    claimed = rules.problem_type or artifact.problem_type
-    if (claimed == "token_classification") != (spec.task_type == "TOKEN_CLS"):
-        problems.append(f"problem_type {claimed} is not what task_type {spec.task_type} gives")
-    problems += rules.problems(artifact.problem_type, artifact.labels)
+    if ruled:
+        problems += _rule_problems(artifact, geometry, base_sha256)
     if problems:
         raise AdapterRefused(files.task, problems)
+    return artifact
+
+
+def under_rules(
+    artifact: Artifact, task_json: bytes, geometry: Geometry, base_sha256: str | None = None
+) -> Artifact:
+    """Return an artifact that has other rules, which were read and fit it.
+
+    Args:
+        artifact: An adapter that is valid but for its rules.
+        task_json: The rules.
+        geometry: What the base offers.
+        base_sha256: As for `read_artifact`.
+
+    Raises:
+        AdapterRefused: With every problem that was found.
+    """
+    problems: list[str] = []
+    rules = read_task_json({RULES: task_json}, problems)
+    if rules is not None:
+        artifact = replace(artifact, rules=rules)
+        problems += _rule_problems(artifact, geometry, base_sha256)
+    if problems:
+        raise AdapterRefused(artifact.task, problems)
     return artifact
 
 
@@ -133,10 +156,8 @@ def _read_tensors(content: bytes, problems: list[str]) -> dict[str, torch.Tensor
         return None
 
 
-def _base_problems(
-    spec: Spec, rules: Rules, geometry: Geometry, base_sha256: str | None
-) -> list[str]:
-    """Say where an adapter is another base's: by class, hub id, digest or input length."""
+def _base_problems(spec: Spec, geometry: Geometry) -> list[str]:
+    """Say where an adapter is another base's: by class or hub id."""
     problems = []
     architecture = geometry.graphs[spec.task_type].architecture
     if spec.base_class not in (None, architecture):
@@ -147,6 +168,12 @@ def _base_problems(
             f"it was trained on the base {theirs}, not {geometry.base_id or min(ours)}; "
             "if they are the same, name it in base_aliases"
         )
+    return problems
+
+
+def _rule_problems(artifact: Artifact, geometry: Geometry, base_sha256: str | None) -> list[str]:
+    """Say where an adapter's rules do not fit it or the base."""
+    spec, rules, num_labels, problems = artifact.spec, artifact.rules, artifact.num_labels, []
     if rules.base_sha256 not in (None, base_sha256):
         problems.append(
             f"task.json: base_sha256 is {rules.base_sha256[:8]}…, "
@@ -155,4 +182,11 @@ def _base_problems(
     longest = geometry.max_positions
     if rules.max_length and longest and rules.max_length > longest:
         problems.append(f"task.json: max_length {rules.max_length} is over the base's {longest}")
-    return problems
+    if rules.labels is not None and num_labels and len(rules.labels) != num_labels:
+        problems.append(f"task.json names {len(rules.labels)} labels, the head has {num_labels}")
+    if artifact.problem_type == "single_label_classification" and num_labels == 1:
+        problems.append("single_label_classification of one label would always be sure of it")
+    claimed = rules.problem_type or artifact.problem_type
+    if (claimed == "token_classification") != (spec.task_type == "TOKEN_CLS"):
+        problems.append(f"problem_type {claimed} is not what task_type {spec.task_type} gives")
+    return [*problems, *rules.problems(artifact.problem_type, artifact.labels)]

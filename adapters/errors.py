@@ -6,6 +6,8 @@
     ├── AdapterIncomplete   its folder is still being copied; worth another try
     ├── AdapterChanged      its folder no longer holds the version that was asked for
     ├── AdapterRefused      it cannot be served; carries every problem that was found
+    ├── StagingTooLarge     a file on its way into the store is over its limit
+    ├── StoreUnreachable    the store does not answer; worth another try
     └── BankFull            the versions that are kept leave no room for it
 
 The base constructor gets what makes the same error again, so that they survive pickling.
@@ -17,7 +19,9 @@ import re
 from collections.abc import Sequence
 
 _MAX_PROBLEMS, _MAX_CHARACTERS = 64, 1000
-TASK_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+# `catalog` is a folder of the store's own.
+TASK_NAME = re.compile(r"(?!catalog\Z)[a-z0-9][a-z0-9._-]{0,63}")
+VERSION_NAME = re.compile(r"[0-9a-f]{8}")
 
 
 class AdapterError(Exception):
@@ -37,7 +41,7 @@ class TaskNotFound(AdapterError):
         if not TASK_NAME.fullmatch(self.task):
             return (
                 f"{self.task!r} cannot be a task: a name is 1 to 64 of a-z, 0-9, '.', '_' and '-' "
-                "and begins with a letter or a digit"
+                "and begins with a letter or a digit; 'catalog' is taken"
             )
         return (
             f"there is no task {self.task!r}; put its PEFT folder into the adapter store "
@@ -110,6 +114,34 @@ class AdapterRefused(AdapterError):
     def __str__(self) -> str:
         """All problems in one message."""
         return f"the adapter of task {self.task!r} was refused: {'; '.join(self.problems)}"
+
+
+class StagingTooLarge(AdapterError):
+    """A file that was on its way into the store is over its limit; nothing of it was kept."""
+
+    def __init__(self, name: str, limit_bytes: int) -> None:
+        """Name the file and its limit in bytes."""
+        super().__init__(name, limit_bytes)
+        self.name = name
+        self.limit_bytes = limit_bytes
+
+    def __str__(self) -> str:
+        """Say what the limit is."""
+        return f"{self.name} is over its limit of {self.limit_bytes} bytes"
+
+
+class StoreUnreachable(AdapterError):
+    """The store does not answer, for no task's fault."""
+
+    def __init__(self, url: str, reason: str) -> None:
+        """Name the store, and what it or the network said."""
+        super().__init__(url, _printable(reason))
+        self.url = url
+        self.reason = _printable(reason)
+
+    def __str__(self) -> str:
+        """Say which store."""
+        return f"the store {self.url} does not answer: {self.reason}"
 
 
 class BankFull(AdapterError):

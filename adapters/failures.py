@@ -40,6 +40,17 @@ class Failures:
         self._clock = clock
         self._failures: OrderedDict[str, _Failure] = OrderedDict()  # oldest first
 
+    def holding(self) -> Iterator[tuple[str, Exception, float]]:
+        """Yield name, error and seconds left of every failure that would be told again."""
+        now_s = self._clock()
+        for name, failure in self._failures.items():
+            if now_s < failure.until_s:
+                yield name, failure.error, failure.until_s - now_s
+
+    def forget(self, name: str) -> None:
+        """Forget a failure; there need not be one."""
+        self._failures.pop(name, None)
+
     @contextmanager
     def remembering(self, name: str, mark: Hashable) -> Iterator[None]:
         """Try something again only if it is worth it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -40,6 +40,17 @@ class Host(Generic[T]):
             _, gone = self._items.popitem(last=False)
             self.used_bytes -= self._size(gone)
 
+    @property
+    def versions(self) -> Collection[str]:
+        """What is here."""
+        return self._items.keys()
+
+    def drop(self, version: str) -> None:
+        """Let an item go; it need not be here. One that is being loaded will not be kept."""
+        gone = self._items.pop(version, None)
+        self.used_bytes -= self._size(gone) if gone is not None else 0
+        self._loading.pop(version, None)
+
     def peek(self, version: str) -> T | None:
         """Return an item if it is here."""
         if version in self._items:
@@ -64,10 +75,12 @@ class Host(Generic[T]):
 
     async def _bring(self, version: str, load: Callable[[], Awaitable[T]]) -> T:
         item = await load()
-        self.put(version, item)
+        if self._loading.get(version) is asyncio.current_task():  # else it was dropped meanwhile
+            self.put(version, item)
         return item
 
     def _loaded(self, version: str, task: asyncio.Task[T]) -> None:
-        del self._loading[version]
+        if self._loading.get(version) is task:
+            del self._loading[version]
         if not task.cancelled():
             task.exception()  # seen here, so that a load that nobody waits for is no warning

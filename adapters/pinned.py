@@ -1,4 +1,4 @@
-"""Tasks that stay in their slots, whoever else comes. No torch."""
+"""Versions that stay in their slots, whoever else comes. No torch."""
 
 from __future__ import annotations
 
@@ -21,46 +21,95 @@ class Keeps(Protocol):
 
 
 class Pinned:
-    """Keeps the current version of some tasks in slots. Owned by one event loop."""
+    """Keeps versions of some tasks in slots. Owned by one event loop.
+
+    A task is pinned by name, and then whichever version last answered it stays; or it was said
+    which of its versions stay.
+    """
 
     def __init__(
         self, tasks: Collection[str], slots: Keeps, find: Callable[[str], Awaitable[str]]
     ) -> None:
-        """Take the tasks, the slots, and what reads a task and returns its `task@version`."""
-        self._kept: dict[str, str | None] = dict.fromkeys(tasks)
+        """Take the tasks by name, the slots, and what reads a task and returns `task@version`."""
+        self._tasks = frozenset(tasks)
+        self._said: dict[str, frozenset[str] | None] = dict.fromkeys(tasks)
+        self._kept: dict[str, set[str]] = {}
+        self._refused: set[str] = set()  # what could not be kept, and is not tried at every answer
         self._slots = slots
         self._find = find
 
     async def load(self) -> None:
-        """Bring all tasks into slots; one that cannot be served is logged with its problem."""
-        problems = await asyncio.gather(*map(self._load, self._kept))
-        if self._kept:
-            num_kept = sum(problem is None for problem in problems)
-            logger.info("pinned_tasks: %d of %d are in their slots", num_kept, len(problems))
-        for task, problem in zip(self._kept, problems, strict=True):
-            if problem is not None:
-                logger.warning(
-                    "pinned_tasks: %s is not in a slot, and will be from its first good request "
-                    "on: %s", task, problem,
-                )  # fmt: skip
+        """Bring all into slots; a task that cannot be served is logged with its problem."""
+        tasks = list(self._said)
+        problems = await self.bring(tasks)
+        if tasks:
+            num_kept = len(tasks) - len(problems)
+            logger.info("pinned_tasks: %d of %d are in their slots", num_kept, len(tasks))
 
-    async def follow(self, task: str, version: str) -> None:
-        """Keep what now answers a task in the place of what did; `version` is in a slot already."""
-        if task not in self._kept or self._kept[task] == version:
+    def say(self, task: str, versions: Collection[str] | None) -> None:
+        """Set which versions (`task@version`) of a task stay; others are let go.
+
+        None forgets what was said; of a task that is pinned by name the next answer's stays.
+        """
+        self._refused.clear()  # there may be room now
+        if versions is None and task in self._tasks:
+            self._said[task] = None
+        elif versions:
+            self._said[task] = frozenset(versions)
+        else:
+            self._said.pop(task, None)
+        for version in self._kept.get(task, set()).difference(versions or ()):
+            self._let_go(task, version)
+
+    async def bring(self, tasks: Collection[str]) -> dict[str, Exception]:
+        """Bring what stays of some tasks into slots; return, and log, the problems by task."""
+        said = [task for task in tasks if task in self._said]
+        problems = await asyncio.gather(*map(self._bring, said))
+        told = {task: problem for task, problem in zip(said, problems, strict=True) if problem}
+        for task, problem in told.items():
+            logger.warning(
+                "pinned_tasks: %s is not in a slot, and will be from its first good request "
+                "on: %s", task, problem,
+            )  # fmt: skip
+        return told
+
+    async def answered(self, task: str, version: str) -> None:
+        """Keep what answers a task, if it is to stay; `version` is in a slot already."""
+        if task not in self._said or version in self._kept.get(task, ()):
             return
-        old, self._kept[task] = self._kept[task], version
-        if old is not None:
-            self._slots.let_go(old)
+        said = self._said[task]
+        if version in self._refused or (said is not None and version not in said):
+            return
+        if said is None:
+            for old in [*self._kept.get(task, ())]:
+                self._let_go(task, old)
         try:
-            await self._slots.keep(version)
+            await self._keep(task, version)
         except Exception as error:  # it is answered all the same, until others need the slot
+            self._refused.add(version)
             logger.warning("pinned_tasks: %s cannot be kept: %s", version, error)
 
-    async def _load(self, task: str) -> Exception | None:
+    async def _bring(self, task: str) -> Exception | None:
+        """Keep what stays of a task; return the first problem, which must not stop the others."""
+        said = self._said.get(task, frozenset())
         try:
-            version = await self._find(task)
-            await self._slots.keep(version)
-        except Exception as error:  # a task that cannot be served must not stop the start
+            versions = [await self._find(task)] if said is None else sorted(said)
+        except Exception as error:
             return error
-        self._kept[task] = version
-        return None
+        if self._said.get(task, frozenset()) != said:
+            return None  # something else was said meanwhile
+        tries = (self._keep(task, version) for version in versions)
+        problems = await asyncio.gather(*tries, return_exceptions=True)
+        return next((problem for problem in problems if isinstance(problem, Exception)), None)
+
+    async def _keep(self, task: str, version: str) -> None:
+        await self._slots.keep(version)
+        said = self._said.get(task, ())
+        if said is None or version in said:
+            self._kept.setdefault(task, set()).add(version)
+        else:  # it was said meanwhile that it need not stay
+            self._slots.let_go(version)
+
+    def _let_go(self, task: str, version: str) -> None:
+        self._kept[task].discard(version)
+        self._slots.let_go(version)

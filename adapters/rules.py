@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -84,6 +86,12 @@ class Rules(BaseModel):
         None, description="SHA-256 of the base's model.safetensors, checked where present."
     )
 
+    @property
+    def revision(self) -> str:
+        """First 8 hex digits of a SHA-256 of these rules; a default is no rule."""
+        said = self.model_dump(mode="json", exclude_defaults=True)
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
+
     @field_validator("labels")
     @classmethod
     def _distinct(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
@@ -149,6 +157,18 @@ def entity_label(label: str) -> str:
     transformers cuts at the first hyphen whatever stands before it, and so do we.
     """
     return label.split("-", 1)[-1]
+
+
+def lay_over(task_json: bytes, rules: Mapping[str, Any]) -> bytes:
+    """Lay rules over a `task.json`, key by key.
+
+    One that holds no JSON object comes back as it is, for who validates it to say so.
+    """
+    try:
+        own = json.loads(task_json)
+    except (ValueError, RecursionError):
+        return task_json
+    return json.dumps({**own, **rules}).encode() if rules and isinstance(own, dict) else task_json
 
 
 def read_rules(raw: dict[str, Any], problems: list[str]) -> Rules | None:

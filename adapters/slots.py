@@ -36,6 +36,7 @@ class Slots(Generic[T]):
         fetch: Callable[[str], Awaitable[T]],
         size: Callable[[T], int],
         write: Callable[[int, T, Sequence[int]], Awaitable[None]],
+        forget: Callable[[Sequence[int]], None],
     ) -> None:
         """Take the measures of the bank, and what fills it. What is awaited may raise to the pins.
 
@@ -46,10 +47,11 @@ class Slots(Generic[T]):
             size: Tells how many pages an item takes.
             write: Awaited with (slot, item, slots whose residents leave first); what it does must
                 happen in the order of the calls.
+            forget: Called with slots whose residents have left without a newcomer; likewise.
         """
         self._num_pages = num_pages
         self._max_slots = max_slots
-        self._fetch, self._size, self._write = fetch, size, write
+        self._fetch, self._size, self._write, self._forget = fetch, size, write, forget
         self._free_pages = num_pages
         self._free_slots: list[int] = []
         self._last_slot = 0
@@ -60,6 +62,8 @@ class Slots(Generic[T]):
         self._wanted: Counter[str] = Counter()
         self._held: Counter[int] = Counter()
         self._kept: set[str] = set()
+        self._dropped: set[str] = set()  # versions that leave when nobody wants them any more
+        self._emptying: dict[int, int] = {}  # slot that is free once nobody holds it -> its pages
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
         self._turn = asyncio.Lock()
@@ -69,6 +73,18 @@ class Slots(Generic[T]):
         """Version -> slot of all that could be answered now."""
         return {version: seat.slot for version, seat in self._seats.items()}
 
+    @property
+    def pages_free(self) -> int:
+        """Pages that a newcomer could have without anybody leaving."""
+        return self._free_pages
+
+    @property
+    def slots_free(self) -> int | None:
+        """Slots that newcomers could have likewise; None if only the pages limit them."""
+        if self._max_slots is None:
+            return None
+        return self._max_slots - self._last_slot + len(self._free_slots)
+
     async def keep(self, version: str) -> None:
         """Load a version, and let it stay until `let_go`.
 
@@ -76,6 +92,7 @@ class Slots(Generic[T]):
             BankFull: What is kept already leaves no room for it.
         """
         self._kept.add(version)
+        self._dropped.discard(version)
         try:
             async with self.pin(version):
                 pass
@@ -86,6 +103,22 @@ class Slots(Generic[T]):
     def let_go(self, version: str) -> None:
         """Let a version leave again when others need its place; it need not have been kept."""
         self._kept.discard(version)
+        self._changed.set()
+
+    def drop(self, version: str) -> None:
+        """Let a version leave now, or when the last call that holds it ends; it need not be here.
+
+        A later pin finds it gone and loads it anew. Those who wait for its load still get it.
+        """
+        self._kept.discard(version)
+        self._dropped.discard(version)
+        seat = self._seats.get(version)
+        if seat is not None and (self._held[seat.slot] or version not in self._wanted):
+            del self._seats[version]
+            self._emptying[seat.slot] = seat.num_pages
+            self._empty(seat.slot)
+        elif version in self._wanted or version in self._loading:
+            self._dropped.add(version)  # it loads, or has just been loaded for those who wait
         self._changed.set()
 
     @asynccontextmanager
@@ -115,11 +148,22 @@ class Slots(Generic[T]):
                 yield slot
             finally:
                 self._held[slot] -= 1
+                self._empty(slot)
         finally:
             self._wanted[version] -= 1
             if not self._wanted[version]:
                 del self._wanted[version]
+                if version in self._dropped:
+                    self.drop(version)
             self._changed.set()
+
+    def _empty(self, slot: int) -> None:
+        """Free a slot that was dropped, once nobody holds it."""
+        if slot in self._emptying and not self._held[slot]:
+            self._free_pages += self._emptying.pop(slot)
+            self._free_slots.append(slot)
+            left, self._left = self._left, []
+            self._forget([*left, slot])
 
     async def _bring(self, version: str) -> None:
         try:
@@ -142,6 +186,8 @@ class Slots(Generic[T]):
             # Here and not in a callback, which runs later: a seat may be taken again before it, and
             # a pin that then found this load, done, would spin.
             del self._loading[version]
+            if version in self._dropped and version not in self._wanted:
+                self.drop(version)
             self._changed.set()
 
     async def _make_room(self, version: str, num_pages: int) -> None:

@@ -102,11 +102,16 @@ def read_spec(files: Mapping[str, bytes]) -> tuple[Spec | None, Rules | None, li
     problems: list[str] = []
     config = _read_object("adapter_config.json", files, problems)
     model_config = _read_object("config.json", files, problems) if "config.json" in files else {}
-    raw_rules = _read_object("task.json", files, problems) if "task.json" in files else {}
-    rules = read_rules(raw_rules, problems) if raw_rules is not None else None
+    rules = read_task_json(files, problems)
     if config is None or model_config is None:
         return None, rules, problems
     return _read_config(config, model_config, problems), rules, problems
+
+
+def read_task_json(files: Mapping[str, bytes], problems: list[str]) -> Rules | None:
+    """Read `task.json`, if it is there; put a sentence for each problem into `problems`."""
+    raw = _read_object("task.json", files, problems) if "task.json" in files else {}
+    return read_rules(raw, problems) if raw is not None else None
 
 
 def _read_object(

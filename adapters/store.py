@@ -1,34 +1,29 @@
-"""Where adapters lie: a directory with one PEFT folder a task. No torch.
+"""Where adapters lie: what a store promises, whatever it is made of. No torch.
 
-Whoever writes the store may link within it; what a link has outside of it is never opened.
-A folder may change at any time, and may still be on its way in. So it is looked at (names, sizes
-and times) before it is read, and what was read is named by its content.
+    {task}/…                    a plain PEFT folder, as `save_pretrained` writes it
+    {task}/{version}/…          a version, named by its content and never changed
+    .staging/{id}/files/…       what is on its way in; beside it the marker of a publication
+    catalog/…                   the catalog's own
+
+A plain folder may change at any time, and may still be on its way in. So it is looked at (names,
+sizes and times) before it is read, and what was read is named by its content.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from stat import S_ISDIR, S_ISREG, S_ISSOCK
-from typing import BinaryIO
-
-from adapters.errors import (
-    TASK_NAME,
-    AdapterIncomplete,
-    AdapterRefused,
-    TaskNotFound,
-)
+from typing import BinaryIO, Protocol
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 RULES = "task.json"
 MODEL_CONFIG = "config.json"
+GOLDEN = "golden.jsonl"
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
@@ -40,14 +35,16 @@ VERSIONED = frozenset((CONFIG, WEIGHTS, *TOKENIZER))
 MAX_JSON_BYTES = 8 * 2**20  # parsed, JSON takes 30 times its size at worst
 MAX_TOKENIZER_BYTES = 64 * 2**20
 MAX_WEIGHTS_BYTES = 4 * 2**30
+MAX_CACHE_BYTES = 10 * 2**30
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """A folder as `stat` shows it; two equal looks mean an unchanged folder.
+    """A folder as a listing shows it; two equal looks mean an unchanged folder.
 
     Attributes:
-        entries: Sorted (name, bytes, mtime in ns) of every file that could be read.
+        entries: Sorted (name, bytes, mark) of every file that could be read. The mark is the mtime
+            in ns, or in an object store a number made of the object's etag and time.
         changed_s: When the youngest of them last changed, in seconds since the epoch; in the
             future if the store's clock is ahead.
     """
@@ -62,8 +59,7 @@ class Files:
 
     Attributes:
         task: The folder's name.
-        version: First 8 hex digits of a SHA-256 over name, length and bytes of the adapter's
-            config, weights and tokenizer files. The rules have no part in it.
+        version: The `digest` of its contents. The rules have no part in it.
         contents: File name -> bytes, of those in `READ` that exist.
     """
 
@@ -72,165 +68,201 @@ class Files:
     contents: Mapping[str, bytes]
 
 
-class Store:
-    """A directory of PEFT folders, one a task, exactly as `save_pretrained` writes them."""
+class Store(Protocol):
+    """A store of adapters. Every call blocks, on the network if the store is there.
 
-    def __init__(self, root: str | Path) -> None:
-        """Take the directory; it may be empty, and need not exist yet."""
-        self.root = Path(root)
+    Raises of all calls: TaskNotFound if `task` is no task's name; StoreUnreachable if the store
+    cannot be listed or written.
+    """
+
+    @property
+    def url(self) -> str:
+        """What it was opened by."""
 
     def tasks(self) -> list[str]:
-        """Return the names of all folders that hold an adapter, sorted."""
-        try:
-            entries = os.scandir(self.root)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        with entries:
-            names = [entry.name for entry in entries if TASK_NAME.fullmatch(entry.name)]
-        # False for a folder that we may not read, too.
-        return sorted(name for name in names if os.path.isfile(f"{self.root}/{name}/{CONFIG}"))
+        """Return the names of all tasks that have a plain folder or a version, sorted."""
 
-    def look(self, task: str) -> Look:
-        """Return what `stat` says of a task's folder.
+    def folders(self) -> dict[str, int]:
+        """Return the folder of every possible task -> a mark.
+
+        Another mark says that something was added to the folder or removed from it; what became of
+        the files in it, `look` tells.
+        """
+
+    def versions(self, task: str) -> list[str]:
+        """Return the names of a task's version folders, the oldest change first."""
+
+    def look(self, task: str, version: str | None = None) -> Look:
+        """Return what a listing says of the folder that `read` would read.
 
         Raises:
-            TaskNotFound: The name is not a task's, or the folder has no adapter_config.json.
-            AdapterRefused: Something in it is no file, or lies outside the store.
+            TaskNotFound: The task has no plain folder (with `version`: nor any version).
+            VersionNotFound: The task has neither that version nor a plain folder.
+            AdapterRefused: Something in the folder is no file, or lies outside the store.
+            AdapterIncomplete: The store does not answer.
         """
-        folder = str(self._folder(task))
-        root, problems = os.path.realpath(self.root), list[str]()
-        inside = _is_inside(os.path.realpath(folder), root)
-        entries, changed_s = [], 0.0
-        # Strings, not Paths, of which this would make dozens with every request in need of a look.
-        for name in (*READ, PICKLE):
-            path = f"{folder}/{name}"
-            try:
-                stat = os.stat(path)
-            except OSError:
-                continue
-            if name != PICKLE:
-                problems += _place_problem(path, stat.st_mode, root, inside)
-            entries.append((name, stat.st_size, stat.st_mtime_ns))
-            # A copy that keeps the times of its files still moves the change time.
-            changed_s = max(changed_s, stat.st_mtime, stat.st_ctime)
-        if problems:
-            raise AdapterRefused(task, problems)
-        if not any(name == CONFIG for name, _, _ in entries):
-            raise TaskNotFound(task)
-        return Look(tuple(sorted(entries)), changed_s)
 
-    def read(self, task: str) -> Files:
-        """Read a task's folder whole.
+    def read(self, task: str, version: str | None = None) -> Files:
+        """Read a task's plain folder whole, or one version.
+
+        A version is its own folder, or the plain folder if that holds just this version.
 
         Raises:
             TaskNotFound: As `look`.
+            VersionNotFound: As `look`.
             AdapterIncomplete: The weights are not there yet, or not all of them; or a file cannot
                 be read.
-            AdapterRefused: As `look`; or the folder has only a pickle, or a file of absurd size.
+            AdapterChanged: The version has no folder, and the plain folder holds another one.
+            AdapterRefused: As `look`; the folder has only a pickle, or a file of absurd size; or a
+                version folder does not hold what its name says.
         """
-        folder = self._folder(task)
-        before = self.look(task)
-        sizes = {name: size for name, size, _ in before.entries}
-        if WEIGHTS not in sizes:
-            if PICKLE in sizes:
-                raise AdapterRefused(
-                    task,
-                    [
-                        f"it has only {PICKLE}, a pickle, which is never opened; "
-                        "save it again with safe_serialization=True"
-                    ],
-                )
-            raise AdapterIncomplete(task, f"{WEIGHTS} is missing")
-        problems = [
-            f"{name} has {size} bytes, over the limit of {limit}"
-            for name, size in sizes.items()
-            if size > (limit := _limit(name))
-        ]
-        if problems:
-            raise AdapterRefused(task, problems)
-        try:
-            _check_length(task, folder / WEIGHTS)
-            contents = {name: _read(folder / name) for name in READ if name in sizes}
-        except OSError as error:
-            name = Path(error.filename or WEIGHTS).name
-            raise AdapterIncomplete(task, f"{name} cannot be read ({error.strerror})") from None
-        if self.look(task).entries != before.entries:
-            raise AdapterIncomplete(task, "its folder changed while it was read")
-        return Files(task, _version(contents), contents)
 
-    def _folder(self, task: str) -> Path:
-        if not TASK_NAME.fullmatch(task):
-            raise TaskNotFound(task)
-        return self.root / task
+    def read_file(self, task: str, version: str | None, name: str, max_bytes: int) -> bytes | None:
+        """Read one file of a version folder, or of the plain one; None if it is not there.
+
+        Args:
+            task: The task.
+            version: The version, None for the plain folder.
+            name: One of `READ` or `GOLDEN`.
+            max_bytes: Its limit.
+
+        Raises:
+            AdapterRefused: It is over the limit, no file, or outside the store.
+            AdapterIncomplete: It cannot be read.
+        """
+
+    def stage(self, files: Mapping[str, BinaryIO]) -> str:
+        """Take files in, for nobody to see yet; on any error nothing of them is left.
+
+        Args:
+            files: Name -> what it is read from, each until its end or its limit.
+
+        Returns:
+            The staging's id, 32 hex digits.
+
+        Raises:
+            ValueError: A name is neither in `READ` nor `GOLDEN`.
+            StagingTooLarge: A file is over its limit; it was read no further.
+        """
+
+    def read_staged(self, staging: str, task: str) -> Files:
+        """Read what was staged, as `read` would if it were a version of the task.
+
+        Raises:
+            AdapterRefused: It cannot be read; nothing more is on its way, so waiting is no use.
+        """
+
+    def publish(self, staging: str, task: str, version: str) -> None:
+        """Make what was staged a version, at once and whole; durable when this returns.
+
+        A version that is there already is kept, unless its folder does not hold what its name
+        says. A marker beside the staging names the version until `discard`, so that whoever
+        finds it knows whose publication died.
+
+        Raises:
+            AdapterRefused: What was staged is not that version; or the task's folder is a link.
+        """
+
+    def discard(self, staging: str) -> None:
+        """Remove a staging and its marker, if it is there."""
+
+    def unfinished(self, quiet_s: float = 0.0) -> list[tuple[str, str | None, str | None]]:
+        """Return the stagings that there are.
+
+        Args:
+            quiet_s: Only those in which nothing changed for so long, whose process may be taken
+                for dead: any ingress may stage, and so may another cluster on the same store.
+
+        Returns:
+            (staging, task, version) each; both None for one that was not being published.
+        """
+
+    def remove(self, task: str, version: str | None) -> None:
+        """Remove a version folder, or with None the plain folder's files, if they are there.
+
+        Files that no store reads stay in a plain folder. The task's folder goes when it is empty.
+
+        Raises:
+            AdapterRefused: The version's task is a link.
+        """
+
+    def forget(self, task: str, version: str) -> None:
+        """Remove a version from this machine's disk cache."""
+
+    def on_disk(self) -> set[tuple[str, str]]:
+        """Return (task, version) of all that this machine's disk cache holds."""
 
 
-def _place_problem(path: str, mode: int, root: str, inside: bool) -> list[str]:
-    """Say if a path that exists is no file (a pipe would never end), or leads out of the root."""
-    name = os.path.basename(path)
-    if not S_ISREG(mode):
-        return [f"{name} is a {_kind(mode)}, not a file"]
-    if _is_inside(os.path.realpath(path), root) if os.path.islink(path) else inside:
-        return []
-    return [f"{name} is a link to outside of the store; copy it into the store"]
+def digest(contents: Mapping[str, bytes]) -> str:
+    """Return the version that a folder is.
+
+    It is the first 8 hex digits of a SHA-256 over name, length and bytes of the adapter's config,
+    weights and tokenizer files.
+    """
+    hashed = hashlib.sha256()
+    for name in sorted(VERSIONED & contents.keys()):
+        hashed.update(f"{name}\0{len(contents[name])}\0".encode())
+        hashed.update(contents[name])
+    return hashed.hexdigest()[:8]
 
 
-def _is_inside(path: str, root: str) -> bool:
-    """Tell whether a path, links resolved, lies below a folder."""
-    return path.startswith(root.rstrip(os.sep) + os.sep)
-
-
-def _limit(name: str) -> int:
+def limit_bytes(name: str) -> int:
     """Return the most bytes that a file of this name may have."""
     if name == WEIGHTS:
         return MAX_WEIGHTS_BYTES
     return MAX_TOKENIZER_BYTES if name in TOKENIZER else MAX_JSON_BYTES
 
 
-def _kind(mode: int) -> str:
-    return "folder" if S_ISDIR(mode) else "socket" if S_ISSOCK(mode) else "pipe or device"
+def local_folder(url: str) -> Path | None:
+    """Return the folder that a store's URL or path names, None if it is not on this machine."""
+    if "://" not in url:
+        return Path(url)
+    return Path(url.removeprefix("file://")) if url.startswith("file:///") else None
 
 
-def _open(path: Path) -> BinaryIO:
-    """Open a file for reading, without waiting for anybody if it has just become a pipe."""
-    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115
-    if not S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "it is no file", str(path))
-    return file
+def check_url(url: str) -> None:
+    """Raise ValueError with a sentence if no store can be opened by a URL."""
+    scheme, _, rest = url.partition("://")
+    if local_folder(url) is not None:
+        return
+    if scheme == "hf":
+        raise ValueError("is a source of versions, not a store; use a folder, s3:// or gs://")
+    if scheme not in _PACKAGES:
+        raise ValueError("is no store; use a folder, file:///, s3://, gs:// or memory://")
+    if not rest.strip("/"):
+        raise ValueError(f"names nothing; write {scheme}://bucket/folder")
+    package = _PACKAGES[scheme]
+    if find_spec(package) is None:
+        raise ValueError(f"needs the package {package}; install it")
 
 
-def _read(path: Path) -> bytes:
-    """Read a file whole, or of one that is over its limit just enough to see that."""
-    with _open(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        return file.read(min(size, _limit(path.name)) + 1)
+_PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "memory": "fsspec"}
 
 
-def _check_length(task: str, path: Path) -> None:
-    """Compare a safetensors file's length with the one that its header declares."""
-    with _open(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        head = file.read(8)
-        length = int.from_bytes(head, "little")
-        if len(head) < 8 or size < 8 + length <= MAX_JSON_BYTES:
-            raise AdapterIncomplete(task, f"{WEIGHTS} has only {size} bytes")
-        if 8 + length > MAX_JSON_BYTES:
-            raise AdapterRefused(task, [f"{WEIGHTS} has a header of {length} bytes"])
-        # At most as many digits as a file has: Python refuses to read thousands of them.
-        offsets = rb'"data_offsets"\s*:\s*\[\s*\d+\s*,\s*(\d{1,19})\s*\]'
-        ends = re.findall(offsets, file.read(length))
-    declared = 8 + length + max((int(end) for end in ends), default=0)
-    if declared > MAX_WEIGHTS_BYTES:
-        raise AdapterRefused(
-            task, [f"{WEIGHTS} declares {declared} bytes, over the limit of {MAX_WEIGHTS_BYTES}"]
-        )
-    if size < declared:
-        raise AdapterIncomplete(task, f"{WEIGHTS} has {size} of {declared} bytes")
+def open_store(
+    url: str, *, cache: Path | None = None, max_cache_bytes: int = MAX_CACHE_BYTES
+) -> Store:
+    """Open a store by its URL, or by the path of a directory.
 
+    Args:
+        url: A path, file:///, s3://, gs:// or memory://. A folder may be empty, and need not exist.
+        cache: The folder of the disk cache, for stores that are not on this machine; None for one
+            below the system's temporary folder.
+        max_cache_bytes: Most bytes in it.
 
-def _version(contents: Mapping[str, bytes]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(VERSIONED & contents.keys()):
-        digest.update(f"{name}\0{len(contents[name])}\0".encode())
-        digest.update(contents[name])
-    return digest.hexdigest()[:8]
+    Raises:
+        ValueError: No store can be opened by this URL; the sentence says why.
+    """
+    # These import what is above.
+    from adapters.bucket import Bucket
+    from adapters.directory import Directory
+    from adapters.disk import Disk, default_folder
+
+    folder = local_folder(url)
+    if folder is not None:
+        return Directory(folder)
+    try:
+        check_url(url)
+    except ValueError as error:
+        raise ValueError(f"{url!r} {error}") from None
+    return Bucket(url, Disk(cache or default_folder(), url, max_cache_bytes))

@@ -26,6 +26,7 @@ QUESTIONS = (
     "guide",
     "stages",
     "threads",
+    "serving",
 )
 
 

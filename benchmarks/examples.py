@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import random
 
-import torch
-
-from adapters.store import Store
+from adapters.directory import Directory
 from benchmarks.bases import ROOT
 from deployments.config import Args
-from deployments.model.budget import Budget
-from deployments.model.deployment import make_planner
+from deployments.model.budget import Budget, make_planner
 from deployments.model.engine import Engine
 from deployments.model.vocabulary import export_vocabulary
 from deployments.rows import Row
@@ -19,7 +16,7 @@ from deployments.tokens import Tokenizer
 
 BASE = str(ROOT / "examples" / "base")
 STORE_FOLDER = str(ROOT / "examples" / "store")
-STORE = Store(STORE_FOLDER)
+STORE = Directory(STORE_FOLDER)
 MAX_LENGTH = 128  # as the adapters were trained
 
 
@@ -34,7 +31,7 @@ def example_engine(quantization: str) -> Engine:
 def example_planner() -> Budget:
     """The server's, as its defaults make it on a CPU."""
     args = Args(base_model=BASE, adapter_store=STORE_FOLDER)
-    return make_planner(args, torch.device("cpu"))
+    return make_planner(args, on_cpu=True)
 
 
 def example_tokenizer(engine: Engine) -> Tokenizer:

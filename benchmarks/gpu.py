@@ -3,8 +3,9 @@
 BERT-base and a decoder of about a billion parameters, random weights, in bf16, int8 and nf4; 64
 rows of 128 tokens, each row of another of k resident adapters (q,v r=8). Speeds are shares of the
 plain base's: transformers' model with one head, its linears quantised as ours are, as are the
-merged model's. PEFT has 32 adapters over the base in bf16. A slot write is what the GPU sees, from
-the call until a forward may read the slot. The weights in nf4 and bf16 are of a decoder of 7B.
+merged model's. PEFT has 32 adapters over the base in bf16. So has vLLM, and TEI has 32 merged
+models, where they are installed (gpu_peers.py). A slot write is what the GPU sees, from the call
+until a forward may read the slot. The weights in nf4 and bf16 are of a decoder of 7B.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from adapters.store import Store
+from adapters.directory import Directory
 from benchmarks.bases import with_adapters
+from benchmarks.gpu_peers import Job, beside, not_run_lines
 from benchmarks.peers.merged import answer_alone, merged_model
 from benchmarks.peers.peft_model import answer_mixed
 from benchmarks.record import save, setup, table
@@ -42,7 +44,6 @@ from deployments.model.quantize import Quantization, quantize
 from deployments.rows import Row, Tokens
 
 HEADS = {"classifier", "score"}
-NOT_RUN = ("vLLM", "TEI")
 Work = Callable[[], object]
 
 
@@ -146,7 +147,7 @@ def _compare(
         bank_bytes=base.bank_bytes,
     )
     loaded = [
-        engine.read(Store(folder / "store").read(f"a{index}"))
+        engine.read(Directory(folder / "store").read(f"a{index}"))
         for index in range(sizes.num_different)
     ]
     for slot in range(1, 1 + max(sizes.counts)):
@@ -159,7 +160,7 @@ def _compare(
         for _ in range(sizes.warm):
             work()
     taken = in_turns(works, sizes.rounds)
-    return {
+    row = {
         "base": base.name,
         "quantization": quantization,
         "median_ms": {name: 1e3 * statistics.median(runs) for name, runs in taken.items()},
@@ -167,6 +168,19 @@ def _compare(
         "slot_write_us": slot_write_us(engine, loaded, sizes.rounds),
         "adapter_bytes": loaded[0].num_bytes,
     }
+    if quantization == "none":
+        adapters = [folder / "store" / f"a{index}" for index in range(sizes.num_different)]
+        job = Job(f"{folder}/base", adapters, ids, default_dtype(device))
+        _add_peers(row, works["plain"], job, sizes)
+    return row
+
+
+def _add_peers(row: dict[str, Any], plain: Work, job: Job, sizes: Sizes) -> None:
+    """Add vLLM and TEI, or why they were not run."""
+    taken, row["peers"], row["not_run"] = beside(plain, job, sizes.rounds, sizes.warm)
+    for name, runs in taken.items():
+        row["median_ms"][name] = 1e3 * statistics.median(runs[name])
+        row["of_plain"][name] = ratio(runs, "plain", name)
 
 
 def _ours(engine: Engine, ids: torch.Tensor, sizes: Sizes) -> dict[str, Work]:
@@ -276,7 +290,7 @@ def _free() -> None:
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:
-    """One line a base and quantisation, one for the weights, one a peer that was not run."""
+    """One line a base and quantisation, one for the weights, one a peer not run."""
     speeds = list(dict.fromkeys(name for row in rows for name in row.get("of_plain", ())))
     columns = ["base", "in", "plain ms", *speeds, "slot write µs", "weights, nf4 of bf16"]
     lines = []
@@ -296,8 +310,7 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
                 "–",
             ]
         )
-    lines += [[peer, *["not run"] * (len(columns) - 1)] for peer in NOT_RUN]
-    return table(columns, lines)
+    return table(columns, lines + not_run_lines(rows, len(columns)))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
-from adapters.store import Store
+from adapters.directory import Directory
 from benchmarks.bases import ROOT
 from benchmarks.record import table
 from benchmarks.timing import in_turns, ratio
@@ -142,7 +142,7 @@ def neighbours(found: dict[str, Way]) -> dict[str, Any]:
 
 def agreement() -> dict[str, Any]:
     """The share of held-out rows with the same labels in fp32 and in int8."""
-    store = Store(ROOT / "examples" / "store")
+    store = Directory(ROOT / "examples" / "store")
     fp32, int8 = (labels_of(store, quantization) for quantization in ("none", "int8"))
     same = {task: [a == b for a, b in zip(fp32[task], int8[task], strict=True)] for task in fp32}
     pooled = [one for of_task in same.values() for one in of_task]
@@ -154,7 +154,7 @@ def agreement() -> dict[str, Any]:
     }
 
 
-def labels_of(store: Store, quantization: Quantization) -> dict[str, list[list[int]]]:
+def labels_of(store: Directory, quantization: Quantization) -> dict[str, list[list[int]]]:
     """Task -> the labels of its held-out rows."""
     base = str(ROOT / "examples" / "base")
     engine = Engine(base, quantization=quantization, device="cpu")

@@ -24,13 +24,14 @@ from typing import Any
 
 import yaml
 
-from adapters.store import WEIGHTS, Store
+from adapters.directory import Directory
+from adapters.store import WEIGHTS
 from benchmarks.bars import bars
 from benchmarks.bases import ROOT, base_folder
 from benchmarks.fleet import write_fleet
 from benchmarks.record import table
 from deployments.config import Args
-from deployments.ingress.tasks import Tasks
+from deployments.ingress.folders import Folders
 from deployments.model.deployment import Model
 
 COUNTS = (10, 1_000, 10_000)
@@ -127,8 +128,8 @@ async def lookups(base: str, store: Path, count: int) -> dict[str, Any]:
         Args(base_model=base, adapter_store=str(store), quantization="int8", device="cpu")
     )
     made_s = time.perf_counter() - started
-    tasks = Tasks(Store(store), model.describe, settle_s=0.0)
-    names = Store(store).tasks()
+    tasks = Folders(Directory(store), model.describe, settle_s=0.0)
+    names = Directory(store).tasks()
     step = max(1, len(names) // TOUCHED)
     never, first, known = [], [], []
     for name in names[::step][:TOUCHED]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from adapters.store import Store
+from adapters.directory import Directory
 from benchmarks.bars import bars
 from benchmarks.bases import TARGETS, base_folder, with_adapters
 from benchmarks.peers.merged import answer_alone, merged_model
@@ -57,7 +57,7 @@ def measure() -> Iterator[dict[str, Any]]:
                     (store / "_" / name).rename(store / name)
                 for quantization in ("none", "int8"):
                     works = models_alone(model_folder, store, quantization)
-                    works |= ours(model_folder, Store(store), quantization)
+                    works |= ours(model_folder, Directory(store), quantization)
                     works |= peers(peft)
                     taken = in_turns(works, ROUNDS[base])
                     yield row_of(base, targets, quantization, taken)
@@ -82,7 +82,7 @@ def models_alone(base: str, store: Path, quantization: Quantization) -> dict[str
     return works
 
 
-def ours(base: str, store: Store, quantization: Quantization) -> dict[str, Work]:
+def ours(base: str, store: Directory, quantization: Quantization) -> dict[str, Work]:
     """Our batches of 1, 8 and 32 adapters."""
     engine = Engine(base, quantization=quantization, device="cpu")
     for index in range(max(COUNTS)):

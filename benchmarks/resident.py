@@ -22,7 +22,8 @@ from peft import IA3Config, LoraConfig, PeftConfig, TaskType, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from adapters.artifact import read_artifact
-from adapters.store import Files, Store
+from adapters.directory import Directory
+from adapters.store import Files
 from benchmarks.bars import bars
 from benchmarks.bases import base_folder
 from benchmarks.record import table
@@ -112,7 +113,7 @@ def bytes_of(base: str, model_folder: str, folder: Path) -> Iterator[dict[str, A
     engine = Engine(model_folder, quantization="none", device="cpu")
     for index, (name, config, labels) in enumerate(fleet()):
         save_adapter(model_folder, folder / f"t{index}", config, labels)
-        files = Store(folder).read(f"t{index}")
+        files = Directory(folder).read(f"t{index}")
         loaded, own = engine.read(files), own_bytes(engine, files)
         yield {
             "part": "bytes",
@@ -139,7 +140,7 @@ def narrow_beside_wide(
 ) -> dict[str, Any]:
     save_adapter(model_folder, folder / "narrow", lora("q,v", 8), 2)
     save_adapter(model_folder, folder / "wide", lora("all-linear", 64), 2)
-    store, sizes = Store(folder), {}
+    store, sizes = Directory(folder), {}
     works, slots = {}, range(1, ROWS + 1)
     for name in ("without", "without, again", "with"):
         engine = Engine(model_folder, quantization=quantization, device="cpu")
@@ -169,7 +170,7 @@ def packings(targets: str, model_folder: str, folder: Path, quantization: str) -
     slots: dict[str, list[int]] = {"one packing": [], "8 packings": []}
     for index, rank in enumerate((*spread, *[mean] * len(spread))):
         save_adapter(model_folder, folder / f"t{index}", lora(targets, rank), 2)
-        engine.write(index + 1, engine.read(Store(folder).read(f"t{index}")))
+        engine.write(index + 1, engine.read(Directory(folder).read(f"t{index}")))
         slots["8 packings" if index < len(spread) else "one packing"].append(index + 1)
     works = {name: partial(engine.predict, rows_of(of)) for name, of in slots.items()}
     taken = in_turns(works, ROUNDS["MiniLM"])

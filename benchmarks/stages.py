@@ -26,13 +26,14 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from adapters.store import Store
+from adapters.directory import Directory
 from benchmarks.bases import TARGETS, base_folder, save_each, with_adapters
 from benchmarks.clock import Clock, watched
 from benchmarks.examples import BASE, STORE, STORE_FOLDER, example_texts
 from benchmarks.record import table
 from deployments.config import Args
-from deployments.ingress import predict as ingress
+from deployments.ingress import runs
+from deployments.ingress.folders import Folders
 from deployments.ingress.predict import Predictor
 from deployments.ingress.tasks import Tasks
 from deployments.ingress.wire import PredictRequest
@@ -69,7 +70,7 @@ async def row_of(adapters: str, store: str, asked: Asked) -> dict[str, Any]:
         Args(base_model=BASE, adapter_store=store, quantization="int8", device="cpu")
     )
     tokenizer = Tokenizer(export_vocabulary(model.engine.encoder))
-    tasks = Tasks(Store(store), model.describe)
+    tasks = Tasks(Folders(Directory(store), model.describe), model.describe)
     predictor = Predictor(tasks, tokenizer, model.predict, max_rows=TEXTS)
     await ask(predictor, asked)  # loads the adapters, and the planner learns
     profiles, bare_s = [], []
@@ -159,7 +160,7 @@ async def profile(model: Model, predictor: Predictor, asked: Asked) -> Profile:
     """
     clock, forwards, now = Clock(), Forwards(), time.perf_counter
     tokenised_s: list[float] = []  # appended to by several threads
-    encode = ingress.encode
+    encode = runs.encode
 
     def timed_encode(*args: Any) -> Any:
         began_s = now()
@@ -177,7 +178,7 @@ async def profile(model: Model, predictor: Predictor, asked: Asked) -> Profile:
         forwards.of_rows.update({k: s * len(rows) for k, s in clock.seconds.items()})
         return answers
 
-    with patch.object(ingress, "encode", timed_encode), watched(model.engine, clock):
+    with patch.object(runs, "encode", timed_encode), watched(model.engine, clock):
         predict: Callable[[list[Row]], Any] = model.engine.predict
         with patch.object(model.engine, "predict", timed_predict):
             began_s = now()

@@ -8,6 +8,7 @@ import ray
 from ray import serve
 from ray.serve import Application
 
+from deployments.catalog.deployment import Catalog
 from deployments.config import Args
 from deployments.ingress.deployment import Ingress
 from deployments.model.allocator import KEEP_FREED_MEMORY
@@ -49,13 +50,22 @@ def build(args: Args) -> Application:
         ray_actor_options=actor_options,
         **scaling,
     )(Model)
+    bound = model.bind(args)
+    # One replica: there is one writer. It computes nothing, so it reserves no CPU.
+    catalog = serve.deployment(
+        name="Catalog",
+        num_replicas=1,
+        max_ongoing_requests=_MAX_ONGOING,
+        graceful_shutdown_wait_loop_s=_LEAVING_S,
+        ray_actor_options={"num_cpus": 0},
+    )(Catalog)
     # The HTTP application is made in the replica, by Ingress.__serve_build_asgi_app__.
     ingress = serve.deployment(
         name="Ingress",
         max_ongoing_requests=_MAX_ONGOING,
         graceful_shutdown_wait_loop_s=_LEAVING_S,
     )(serve.ingress(None)(Ingress))
-    return ingress.bind(model.bind(args), args)
+    return ingress.bind(bound, catalog.bind(bound, args), args)
 
 
 def _device(args: Args) -> str:

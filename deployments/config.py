@@ -16,7 +16,9 @@ from pydantic import (
 )
 
 from adapters.geometry import hub_id
+from adapters.store import Store, check_url, local_folder, open_store
 from deployments.base import BaseName
+from deployments.source import Source
 
 Auto = Literal["auto"]
 Name = Annotated[str, Field(min_length=1)]
@@ -37,7 +39,10 @@ class Args(BaseModel):
         (),
         description="Hub ids that are the same base: adapters trained on them are served as well.",
     )
-    adapter_store: str = Field(description="A directory with one PEFT folder a task.")
+    adapter_store: str = Field(
+        description="A directory with one PEFT folder a task; or the same at s3://bucket/folder "
+        "or gs://bucket/folder."
+    )
     default_task: str | None = Field(
         None, description="The task that `POST /predict`, the inference guide's route, answers."
     )
@@ -61,6 +66,14 @@ class Args(BaseModel):
     )
     max_host_gib: Annotated[float, Field(gt=0)] = Field(
         1.0, description="RAM for adapters that were loaded and wait for a slot, a replica."
+    )
+    disk_cache: str | None = Field(
+        None,
+        description="A folder of this user alone on each machine, for versions out of a store at "
+        "s3:// or gs://; onebase-UID below the temporary folder unless said.",
+    )
+    max_disk_gib: Annotated[float, Field(gt=0)] = Field(
+        10.0, description="Most that the disk cache holds, a machine."
     )
 
     pinned_tasks: tuple[Name, ...] = Field(
@@ -93,11 +106,28 @@ class Args(BaseModel):
         "one and computes with its share of its node's, less one for all that is no forward.",
     )
 
+    on_lost_catalog: Literal["refuse", "serve"] = Field(
+        "refuse",
+        description="What an ingress does that for 5 s has reached neither the catalog nor the "
+        "store: it answers 503, or goes on by what it knows and says so in its answers.",
+    )
+
     max_request_rows: Annotated[int, Field(ge=1)] = Field(
         1024, description="Most texts a request, and most windows of all its texts."
     )
     max_body_bytes: Annotated[int, Field(ge=1024)] = Field(
         4 * 2**20, description="Largest request body."
+    )
+
+    max_upload_bytes: Annotated[int, Field(ge=1024)] = Field(
+        2**30,
+        description="Largest upload of a version, which waits in the system's temporary folder "
+        "while it comes, and most bytes fetched from a source.",
+    )
+    allowed_sources: tuple[Name, ...] = Field(
+        (),
+        description="Where versions may be fetched from, by the beginnings of their names: "
+        "hf://org, s3://bucket/folder, gs://…, file:///folder. Nowhere unless said.",
     )
 
     @field_validator("base_model")
@@ -108,9 +138,14 @@ class Args(BaseModel):
 
     @field_validator("adapter_store")
     @classmethod
-    def _is_a_folder(cls, value: str) -> str:
-        if not Path(value).is_dir():
+    def _is_a_store(cls, value: str) -> str:
+        folder = local_folder(value)
+        if folder is not None and not folder.is_dir():
             raise ValueError(f"adapter_store={value!r} is not a folder; make it, empty or not")
+        try:
+            check_url(value)
+        except ValueError as error:
+            raise ValueError(f"adapter_store={value!r} {error}") from None
         return value
 
     @field_validator("base_aliases")
@@ -121,7 +156,17 @@ class Args(BaseModel):
                 raise ValueError(f"base_aliases: {name!r} is not a hub id (org/name)")
         return value
 
-    @field_validator("base_aliases", "pinned_tasks", mode="before")
+    @field_validator("allowed_sources")
+    @classmethod
+    def _are_sources(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            try:
+                Source.parse_prefix(name)
+            except ValueError as error:
+                raise ValueError(f"allowed_sources: {error}") from None
+        return value
+
+    @field_validator("base_aliases", "pinned_tasks", "allowed_sources", mode="before")
     @classmethod
     def _split_names(cls, value: Any) -> Any:
         """The command line has no lists: `base_aliases=a/b,c/d`."""
@@ -154,16 +199,43 @@ class Args(BaseModel):
             return self.num_gpus
         return 1.0 if self.device == "cuda" else 0.0
 
+    def open_store(self) -> Store:
+        """Open the adapter store, with its disk cache on this machine."""
+        return open_store(
+            self.adapter_store,
+            cache=None if self.disk_cache is None else Path(self.disk_cache),
+            max_cache_bytes=int(self.max_disk_gib * GIB),
+        )
+
     def on(self, device: str) -> Args:
         """Return a copy for a device, in the place of `auto`."""
         return self.model_copy(update={"device": device})
 
     def absolute(self) -> Args:
         """Return a copy whose local paths do not depend on the working directory."""
-        changes = {"adapter_store": str(Path(self.adapter_store).absolute())}
+        changes = {}
+        if (folder := local_folder(self.adapter_store)) is not None:
+            changes["adapter_store"] = str(folder.absolute())
+        if self.disk_cache is not None:
+            changes["disk_cache"] = str(Path(self.disk_cache).absolute())
         if Path(self.base_model).exists():
             changes["base_model"] = str(Path(self.base_model).absolute())
         return self.model_copy(update=changes)
+
+
+def admin_token() -> str | None:
+    """Return the token that changes need, from `ONEBASE_ADMIN_TOKEN`; None if it is not set.
+
+    Raises:
+        ConfigError: It is empty, or has what no header can carry.
+    """
+    token = os.environ.get("ONEBASE_ADMIN_TOKEN")
+    # A variable that was to hold a secret and holds none must not open what it was to close.
+    if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
+        raise ConfigError("ONEBASE_ADMIN_TOKEN has characters that a header cannot carry")
+    if token == "":
+        raise ConfigError("ONEBASE_ADMIN_TOKEN is empty; give it a long random value, or unset it")
+    return token
 
 
 def tokenize_without_pool() -> None:

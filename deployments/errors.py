@@ -9,7 +9,7 @@
     ├── BadInput     422  the request says something that cannot be answered
     └── NotReady     503  no replica can answer at the moment
     BatchLoopDied   503  the replica that was asked can answer nothing any more
-    AdapterError         (adapters/errors.py) 404 unknown, 503 for that task alone
+    AdapterError         (adapters/errors.py) 404 unknown, 413 too large, 503 for that task alone
 
 Unknown exceptions are logged and never echoed.
 """
@@ -23,6 +23,8 @@ from adapters.errors import (
     AdapterIncomplete,
     AdapterRefused,
     BankFull,
+    StagingTooLarge,
+    StoreUnreachable,
     TaskNotFound,
     VersionNotFound,
 )
@@ -122,6 +124,8 @@ _TABLE: dict[type[Exception], tuple[int, str, int | None]] = {
     AdapterIncomplete: (503, "Adapter incomplete", 1),
     AdapterChanged: (503, "Adapter changed", 1),
     AdapterRefused: (503, "Adapter refused", None),
+    StagingTooLarge: (413, "File too large", None),
+    StoreUnreachable: (503, "Store unreachable", 1),
     BankFull: (503, "No room", None),
 }
 

@@ -10,4 +10,6 @@ from ray.serve.context import _get_global_client
 
 def bind_host() -> str:
     """Return the host that this cluster's HTTP proxies were configured to listen on."""
-    return str(_get_global_client().http_config.host)
+    client = _get_global_client()
+    assert client is not None  # it raises where Serve does not run
+    return str(client.http_config.host)

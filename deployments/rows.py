@@ -72,6 +72,7 @@ class Facts(TypedDict):
         aggregation: How classified tokens become entities; None for other kinds of problem.
         pair: Whether an input is a pair of texts.
         guessed: Which of labels, problem_type and max_length nothing in the folder says.
+        rules: First 8 hex digits of a SHA-256 of the effective rules.
         method: `lora`, `dora`, `ia3`.
         rank: LoRA rank, 0 for IA3.
         targets: The modules that the adapter changes.
@@ -92,6 +93,7 @@ class Facts(TypedDict):
     aggregation: Aggregation | None
     pair: bool
     guessed: list[str]
+    rules: str
     method: str
     rank: int
     targets: list[str]

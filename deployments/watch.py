@@ -20,39 +20,51 @@ Prepare = Callable[[Snapshot, Snapshot, Collection[str]], Awaitable[None]]
 POLL_S = 2.0
 """Longest that the catalog keeps a poll waiting for news."""
 
+# After that a poll is given up, in case its answer was lost.
+_LONGEST_S = 60.0
+
 
 class Watch:
     """Follows the catalog by long polls; while it is away, by the store that it writes to.
 
     Owned by one event loop. Whoever asks for `snapshot` waits for nobody.
+
+    Attributes:
+        name: This watcher's, nobody else's.
+        snapshot: The one that is held.
+        away: Whether the catalog did not answer the last poll.
     """
 
     def __init__(
         self,
-        read: Callable[[], Snapshot],
+        read: Callable[[int], Snapshot | None],
         poll: Poll,
         prepare: Prepare,
+        hold: Callable[[Snapshot], None] = lambda _: None,
         *,
         prepare_s: float = 2.0,
-        patience_s: float = 3.0,
+        patience_s: float = 1.0,
         every_s: float = 1.0,
     ) -> None:
         """Take where snapshots come from.
 
         Args:
-            read: Reads the newest revision from the store; it blocks, and is called in a thread.
+            read: Reads the store's newest revision if there is one after the given one; it blocks,
+                and is called in a thread.
             poll: Asks the catalog, as `deployments.catalog.feed.Feed.page` answers.
             prepare: Awaited with (old, new, names of the tasks that differ) before the new
                 snapshot is held.
+            hold: Called with it as it is.
             prepare_s: Longest that a new snapshot waits for that.
-            patience_s: How much longer than `POLL_S` a poll may take.
+            patience_s: How much longer than `POLL_S` a poll may take before the store is read.
             every_s: How often the store is read while the catalog is away.
         """
-        self._read, self._poll, self._prepare = read, poll, prepare
+        self._read, self._poll = read, poll
+        self._prepare, self._hold = prepare, hold
         self._prepare_s, self._patience_s, self._every_s = prepare_s, patience_s, every_s
-        self._name = uuid.uuid4().hex
+        self.name = uuid.uuid4().hex
         self._contact_s = time.monotonic()
-        self._away = False
+        self.away = False
         self._installed = asyncio.Condition()
         self._loop: asyncio.Task[None] | None = None
         self.snapshot = Snapshot()
@@ -64,7 +76,7 @@ class Watch:
         A poll may wait for `POLL_S`, which is no silence.
         """
         silent_s = time.monotonic() - self._contact_s
-        return 0.0 if silent_s <= POLL_S + self._patience_s else silent_s
+        return 0.0 if silent_s <= POLL_S + self._patience_s + self._every_s else silent_s
 
     async def start(self) -> None:
         """Hold what the store says now, and follow from there on.
@@ -72,7 +84,7 @@ class Watch:
         Raises:
             Exception: What `read` raised: without it nobody knows what to answer.
         """
-        await self._install(await asyncio.to_thread(self._read))
+        await self._read_store()
         self._loop = asyncio.get_running_loop().create_task(self._follow())
 
     async def reach(self, revision: int) -> None:
@@ -87,18 +99,35 @@ class Watch:
 
     async def _follow(self) -> None:
         while True:
+            asking = asyncio.ensure_future(self._ask())
             try:
-                await self._install(await self._ask())
+                await self._meanwhile(asking)
+                await self._install(asking.result())
                 self._told(away=False)
             except Exception as error:
                 self._told(away=True, why=error)
                 await self._look()
                 await asyncio.sleep(self._every_s)
+            finally:
+                asking.cancel()
+
+    async def _meanwhile(self, asking: asyncio.Future[Snapshot]) -> None:
+        """Wait for the catalog's answer; when it is late, read the store until it comes.
+
+        A call to a replica that has died waits for the one that takes its place.
+        """
+        wait_s, until_s = POLL_S + self._patience_s, time.monotonic() + _LONGEST_S
+        while not (await asyncio.wait({asking}, timeout=wait_s))[0]:
+            if time.monotonic() > until_s:
+                raise TimeoutError(f"no answer in {_LONGEST_S:.0f} s")
+            self._told(away=True, why=TimeoutError("no answer yet"))
+            await self._look()
+            wait_s = self._every_s
 
     async def _ask(self) -> Snapshot:
         """Wait for news of the catalog, however many pages they fill."""
         held = self.snapshot
-        page = await self._one_page(held.revision, "")
+        page = await self._poll(self.name, held.revision, "")
         revision, tasks = page["revision"], {} if page["reset"] else dict(held.tasks)
         while True:
             for task, record in page["tasks"].items():
@@ -107,23 +136,22 @@ class Watch:
                     tasks[task] = TaskRecord.model_validate(record)
             if page["next"] is None:
                 break
-            page = await self._one_page(held.revision, page["next"])
+            page = await self._poll(self.name, held.revision, page["next"])
         # What changed between the pages has a later revision, and comes with the next poll.
         return Snapshot(revision=revision, tasks=tasks)
-
-    async def _one_page(self, revision: int, after: str) -> Page:
-        return await asyncio.wait_for(
-            self._poll(self._name, revision, after), POLL_S + self._patience_s
-        )
 
     async def _look(self) -> None:
         """Read the store, since the catalog does not answer."""
         try:
-            await self._install(await asyncio.to_thread(self._read))
+            await self._read_store()
         except Exception as error:
             logger.error("catalog=away, and the store cannot be read: %s", error)
         else:
             self._contact_s = time.monotonic()
+
+    async def _read_store(self) -> None:
+        newer = await asyncio.to_thread(self._read, self.snapshot.revision)
+        await self._install(newer or self.snapshot)
 
     async def _install(self, new: Snapshot) -> None:
         """Hold a snapshot, once what it needs is prepared; an older one is never held."""
@@ -137,12 +165,13 @@ class Watch:
                 logger.warning("catalog revision=%d is held unprepared: %r", new.revision, error)
             async with self._installed:
                 self.snapshot = new
+                self._hold(new)
                 self._installed.notify_all()
         self._contact_s = time.monotonic()
 
     def _told(self, *, away: bool, why: Exception | None = None) -> None:
         """Say once that the catalog went, or came back."""
-        if away != self._away:
-            self._away = away
+        if away != self.away:
+            self.away = away
             state = f"away, reading the store instead: {why!r}" if away else "back"
             logger.warning("catalog=%s revision=%d", state, self.snapshot.revision)

@@ -1,13 +1,16 @@
 """`make bench-gpu` runs from end to end: here on a CPU, with bases of two layers."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
 from transformers import BertConfig
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_peers
 from benchmarks.gpu import Base, Sizes, as_table, llama, measure
+from benchmarks.gpu_peers import Job, Work
+from benchmarks.peers import NotRun
 
 
 @pytest.fixture(autouse=True)
@@ -19,10 +22,25 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@contextmanager
+def there(job: Job) -> Iterator[tuple[str, Work]]:
+    assert job.ids.shape == (4, 6)
+    assert [path.name for path in job.adapters] == ["a0", "a1"]
+    assert all((path / "adapter_model.safetensors").exists() for path in job.adapters)
+    yield "1.2", lambda: None
+
+
+def not_there(_: Job) -> AbstractContextManager[tuple[str, Work]]:
+    raise NotRun("it is elsewhere")
+
+
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
-def test_it_measures_every_base_and_tells_it_in_one_table() -> None:
+def test_it_measures_every_base_and_tells_it_in_one_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gpu_peers, "PEERS", {"vLLM": there, "TEI": not_there})
     bert = BertConfig(**TINY, intermediate_size=48, vocab_size=64, max_position_embeddings=40)
     sizes = Sizes(
         bases=(
@@ -43,16 +61,20 @@ def test_it_measures_every_base_and_tells_it_in_one_table() -> None:
         ("BERT", "none"), ("BERT", "nf4"), ("Llama", "none"), ("Llama", "nf4"), ("larger", None),
     ]  # fmt: skip
     for row in rows[:-1]:
-        peft = {"PEFT mixed"} if row["quantization"] == "none" else set()
+        peft = {"PEFT mixed", "vLLM"} if row["quantization"] == "none" else set()
         assert set(row["of_plain"]) == {"k=1", "k=2", "k=9", "merged"} | peft
+        assert set(row["median_ms"]) == {"plain", *row["of_plain"]}
         assert all(share > 0 for share in row["of_plain"].values())
         assert row["slot_write_us"] > 0
         assert row["adapter_bytes"] * 9 < 2**20
     assert 0 < rows[-1]["nf4"] < 1
     lines = as_table(rows).splitlines()
-    assert lines[0].startswith("| base | in | plain ms | k=1 | k=2 | k=9 | merged | PEFT mixed |")
-    assert len(lines) == 2 + 5 + len(gpu.NOT_RUN)
-    assert all("not run" in line for line in lines[-2:])
+    assert lines[0].startswith(
+        "| base | in | plain ms | k=1 | k=2 | k=9 | merged | PEFT mixed | vLLM | slot write"
+    )
+    assert rows[0]["peers"] == {"vLLM": "1.2"}
+    assert len(lines) == 2 + 5 + 1
+    assert lines[-1].startswith("| TEI: BERT, Llama | not run: it is elsewhere | – |")
 
 
 @pytest.mark.parametrize(("num_rows", "count"), [(4, 9), (4, 2), (4, 4), (64, 1000), (64, 256)])

@@ -55,7 +55,10 @@ def test_an_unknown_key_is_named_beside_those_that_exist() -> None:
     ("key", "value"),
     [
         ("base_model", 5), ("base_model", "./nowhere/at/all"), ("base_model", "justaname"),
-        ("adapter_store", None), ("adapter_store", "no/such"),
+        ("adapter_store", None), ("adapter_store", "no/such"), ("adapter_store", "file:///no/such"),
+        ("adapter_store", "file://relative"), ("adapter_store", "s3://"),
+        ("adapter_store", "ftp://host/store"), ("adapter_store", "hf://org/name"),
+        ("disk_cache", 5), ("max_disk_gib", 0), ("max_disk_gib", "nan"),
         ("default_task", 5), ("quantization", "int4"),
         ("quantization", None), ("device", "tpu"), ("adapter_slots", 0), ("adapter_slots", "many"),
         ("adapter_slots", 2.5), ("adapter_slots", -1), ("base_aliases", [5]),
@@ -134,6 +137,33 @@ def test_local_paths_become_absolute_and_hub_ids_stay(
     assert local.base_model == str(tmp_path / "base")
     assert local.adapter_store == str(tmp_path / "store")
     assert args().absolute().base_model == "org/base@main"
+
+
+def test_a_store_s_url_stays_and_its_disk_cache_becomes_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bucket = args(adapter_store="s3://bucket/store", disk_cache="cache").absolute()
+    assert bucket.adapter_store == "s3://bucket/store"
+    assert bucket.disk_cache == str(tmp_path / "cache")
+    assert args(adapter_store="memory://store").absolute().disk_cache is None
+    local = args(adapter_store=f"file://{tmp_path}").absolute()
+    assert local.adapter_store == str(tmp_path)
+
+
+def test_a_store_that_cannot_be_is_refused_with_what_to_do() -> None:
+    said = refused({**LEAST, "adapter_store": "hf://org/name"})
+    assert said.startswith("adapter_store='hf://org/name' is a source of versions, not a store")
+    assert "needs the package gcsfs" in refused({**LEAST, "adapter_store": "gs://bucket/store"})
+
+
+def test_the_store_is_opened_with_its_disk_cache(tmp_path: Path) -> None:
+    folder = args(adapter_store=str(tmp_path), disk_cache=str(tmp_path / "cache")).open_store()
+    assert folder.url == str(tmp_path)
+    assert not (tmp_path / "cache").exists()
+    bucket = args(adapter_store="memory://s", disk_cache=str(tmp_path / "cache")).open_store()
+    assert bucket.url == "memory://s"
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
 
 
 def test_the_example_s_configuration_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ from adapters.errors import (
     AdapterIncomplete,
     AdapterRefused,
     BankFull,
+    StagingTooLarge,
+    StoreUnreachable,
     TaskNotFound,
     VersionNotFound,
 )
@@ -36,6 +38,8 @@ ERRORS = [
     (AdapterChanged("mood", "11111111", "22222222"), 503, RuntimeError),
     (AdapterRefused("mood", ["no head", "no rank"]), 503, RuntimeError),
     (BankFull("mood@11111111", 3), 503, RuntimeError),
+    (StagingTooLarge("task.json", 8388608), 413, ValueError),
+    (StoreUnreachable("s3://bucket/store", "SlowDown"), 503, RuntimeError),
     (Unauthorized("this route needs a token"), 401, PermissionError),
     (Forbidden("allowed_sources has no such prefix"), 403, PermissionError),
     (Conflict("the version has traffic"), 409, ValueError),
@@ -44,7 +48,7 @@ ERRORS = [
     (TooLarge("the body is over 5 bytes"), 413, ValueError),
     (NotReady("no replica runs"), 503, RuntimeError),
 ]
-RETRIED = (AdapterIncomplete, AdapterChanged, NotReady)
+RETRIED = (AdapterIncomplete, AdapterChanged, StoreUnreachable, NotReady)
 
 by_name = pytest.mark.parametrize(
     ("error", "status", "builtin"), ERRORS, ids=lambda given: type(given).__name__

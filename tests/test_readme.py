@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from adapters.store import Store
+from adapters.directory import Directory
 from deployments.model.engine import Engine
 from deployments.model.vocabulary import export_vocabulary
 from deployments.rows import Prediction, Row
@@ -56,7 +56,7 @@ def test_the_engine_example_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_held_out_accuracy_is_what_the_engine_reaches() -> None:
     """`accuracy.json` was written by PEFT at training; the server's engine must reach it too."""
     claimed = json.loads((ROOT / "examples" / "accuracy.json").read_text())
-    store = Store(ROOT / "examples" / "store")
+    store = Directory(ROOT / "examples" / "store")
     assert sorted(claimed) == store.tasks()
     engine = Engine(str(ROOT / "examples" / "base"), quantization="none")
     tokenizer = Tokenizer(export_vocabulary(engine.encoder))

@@ -27,7 +27,7 @@ class Catalog:
     def __init__(self) -> None:
         self.stored = snapshot(1, one=1)
         self.feed = Feed(self.stored)
-        self.away = self.store_away = False
+        self.away = self.store_away = self.hangs = False
         self.prepared: list[tuple[int, int, set[str]]] = []
         self.prepare_s = 0.0
 
@@ -35,12 +35,14 @@ class Catalog:
         self.stored = new
         await self.feed.publish(new)
 
-    def read(self) -> Snapshot:
+    def read(self, revision: int) -> Snapshot | None:
         if self.store_away:
             raise OSError("the store is away")
-        return self.stored
+        return self.stored if self.stored.revision > revision else None
 
     async def poll(self, watcher: str, revision: int, after: str) -> dict[str, Any]:
+        while self.hangs:
+            await asyncio.sleep(0.01)
         if self.away:
             raise ConnectionError("the catalog is away")
         return await self.feed.page(revision, after, 0.2)
@@ -126,6 +128,20 @@ async def test_without_the_catalog_the_store_says_what_is_true(
     await catalog.write(snapshot(5, four=4, five=5))
     await asyncio.wait_for(watch.reach(5), 5)
     assert watch.snapshot == catalog.stored
+
+
+async def test_while_the_catalog_keeps_a_poll_waiting_the_store_is_read(
+    catalog: Catalog, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.watch.POLL_S", 0.1)
+    catalog.hangs = True  # as a call does whose replica is being started again
+    for revision in (4, 5):
+        catalog.stored = snapshot(revision, one=revision)
+        await asyncio.wait_for(watch.reach(revision), 5)
+        assert watch.away
+    catalog.hangs = False
+    await until(lambda: not watch.away)
+    assert watch.stale_s == 0
 
 
 async def test_without_either_it_says_for_how_long(

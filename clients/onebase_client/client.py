@@ -7,31 +7,18 @@ Errors:
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from os import PathLike
 from types import TracebackType
-from typing import Any, Self
-from urllib.parse import quote
+from typing import Any, BinaryIO, Self
+from urllib.parse import quote, urlencode
 
 import httpx2
 
+from onebase_client.files import open_files
+from onebase_client.refusal import OnebaseError, json_object, refusal
 
-class OnebaseError(Exception):
-    """The server's refusal of a request.
-
-    Attributes:
-        status: The HTTP status.
-        title: What kind of problem it is, the same for each of its kind.
-        detail: What is wrong with this request; empty if the server did not say.
-    """
-
-    def __init__(self, status: int, title: str, detail: str) -> None:
-        super().__init__(status, title, detail)  # All of them, so that the error pickles.
-        self.status = status
-        self.title = title
-        self.detail = detail
-
-    def __str__(self) -> str:
-        said = f"{self.status} {self.title}"
-        return f"{said}: {self.detail}" if self.detail else said
+_PAGE = 1000
 
 
 class Client:
@@ -44,6 +31,7 @@ class Client:
         timeout_s: How long to wait for a connection, and then for each read and write.
         transport: What carries the requests in place of a network, such as
             `httpx2.MockTransport`.
+        token: The server's `ONEBASE_ADMIN_TOKEN`, for calls that change something.
     """
 
     def __init__(
@@ -51,8 +39,12 @@ class Client:
         base_url: str = "http://127.0.0.1:8000",
         timeout_s: float = 30.0,
         transport: httpx2.BaseTransport | None = None,
+        token: str | None = None,
     ) -> None:
-        self._http = httpx2.Client(base_url=base_url, timeout=timeout_s, transport=transport)
+        headers = {} if token is None else {"authorization": f"Bearer {token}"}
+        self._http = httpx2.Client(
+            base_url=base_url, timeout=timeout_s, transport=transport, headers=headers
+        )
 
     def predict(
         self,
@@ -61,6 +53,7 @@ class Client:
         *,
         return_scores: bool = False,
         threshold: float | None = None,
+        routing_key: str | None = None,
     ) -> dict[str, Any]:
         """Classifies the texts, and returns the answer with a prediction for each, in their order.
 
@@ -70,6 +63,7 @@ class Client:
                 string or pair is one input.
             return_scores: Whether each prediction carries the scores of all labels.
             threshold: The score from which a label counts, in place of the task's own.
+            routing_key: While traffic is split, calls with the same key get the same version.
 
         Raises:
             OnebaseError: The server refused, or answered with something else than JSON.
@@ -81,7 +75,8 @@ class Client:
         }
         if threshold is not None:
             body["threshold"] = threshold
-        return self._ask("POST", f"{_route(task)}/predict", body)
+        headers = {} if routing_key is None else {"x-routing-key": routing_key}
+        return self._ask("POST", f"{_route(task)}/predict", json=body, headers=headers)
 
     def tasks(self) -> list[dict[str, Any]]:
         """Returns what the server says of each of its tasks, however many pages they fill.
@@ -93,7 +88,7 @@ class Client:
         answer = self._ask("GET", "/v1/tasks")
         tasks: list[dict[str, Any]] = answer["tasks"]
         while "next" in answer:
-            answer = self._ask("GET", f"/v1/tasks?after={quote(answer['next'], safe='')}")
+            answer = self._ask("GET", f"/v1/tasks{_query(after=answer['next'])}")
             tasks += answer["tasks"]
         return tasks
 
@@ -106,6 +101,108 @@ class Client:
             httpx2.TransportError: No answer came.
         """
         return self._ask("GET", _route(name))
+
+    def upload(
+        self,
+        task: str,
+        files: str | PathLike[str] | Mapping[str, bytes | BinaryIO],
+        *,
+        activate: bool = False,
+        if_match: int | None = None,
+    ) -> dict[str, Any]:
+        """Uploads a version; the first one of a task answers at once.
+
+        This and every other change returns once it is durable: what it has made of the task, with
+        its `etag`, and whether it is `everywhere` already. What may be refused, an error says.
+
+        Args:
+            task: The task, which need not exist yet.
+            files: A PEFT folder, of which an adapter's files are taken, or their content by name.
+            activate: Whether it answers at once though there are others.
+            if_match: Only if the task's etag is this one.
+
+        Raises:
+            OnebaseError: The server refused: 401 or 403 without the right `token`, 412 if the task
+                was changed since, 413 if it is too large, 422 with all that is wrong with it.
+            httpx2.TransportError: No answer came; a change may have been made or not.
+            ValueError: The folder has no adapter.
+        """
+        with ExitStack() as opened:
+            parts = [("files", part) for part in open_files(files, opened)]
+            return self._change(
+                "PUT", f"{_route(task)}/versions{_query(activate=activate)}", if_match, files=parts
+            )
+
+    def add(
+        self, task: str, source: str, *, activate: bool = False, if_match: int | None = None
+    ) -> dict[str, Any]:
+        """Has the server fetch a version from hf://org/name@revision, s3://…, gs://… or file://….
+
+        Arguments and errors are those of `upload`; 403 is also a source that it may not fetch.
+        """
+        body = {"source": source, "activate": activate}
+        return self._change("POST", f"{_route(task)}/versions", if_match, json=body)
+
+    def update(self, task: str, *, if_match: int | None = None, **patch: Any) -> dict[str, Any]:
+        """Changes what a task does, of which what is not given stays.
+
+        Args:
+            task: The task.
+            if_match: Only if the task's etag is this one.
+            patch: `active`, `traffic`, `max_error_rate`, `shadow`, `fallback`, `pinned`, `rules`.
+
+        Raises:
+            OnebaseError: As `upload`.
+            httpx2.TransportError: As `upload`.
+        """
+        return self._change("PATCH", _route(task), if_match, json=patch)
+
+    def rollback(self, task: str, *, if_match: int | None = None) -> dict[str, Any]:
+        """Lets the version answer that was active before; errors are those of `upload`."""
+        return self._change("POST", f"{_route(task)}/rollback", if_match)
+
+    def delete(
+        self, task: str, version: str | None = None, *, if_match: int | None = None
+    ) -> dict[str, Any]:
+        """Deletes a version, or the task with all of them; errors are those of `upload`.
+
+        A version that may still be asked for is refused with status 409.
+        """
+        route = _route(task) if version is None else f"{_route(task)}/versions/{_part(version)}"
+        return self._change("DELETE", route, if_match)
+
+    def history(self, task: str | None = None, *, limit: int = 100) -> list[dict[str, Any]]:
+        """Returns the last changes of a task or of all: who, when, what; the newest first.
+
+        Raises:
+            OnebaseError: The server refused, or answered with something else than JSON.
+            httpx2.TransportError: No answer came.
+        """
+        changes: list[dict[str, Any]] = []
+        before: int | None = None
+        while len(changes) < limit:
+            page = min(limit - len(changes), _PAGE)
+            query = _query(task=task, before=before, limit=page)
+            answer = self._ask("GET", f"/v1/history{query}")
+            changes += answer["changes"]
+            before = answer.get("next")
+            if before is None:
+                break
+        return changes
+
+    def residency(self) -> dict[str, Any]:
+        """Returns the `replicas` of the model and which `versions` each holds, and where.
+
+        Raises:
+            OnebaseError: The server refused, or answered with something else than JSON.
+            httpx2.TransportError: No answer came.
+        """
+        answer = self._ask("GET", f"/v1/residency{_query(limit=_PAGE)}")
+        versions = answer["versions"]
+        while "next" in answer:
+            answer = self._ask("GET", f"/v1/residency{_query(limit=_PAGE, after=answer['next'])}")
+            versions += answer["versions"]
+        return {"replicas": answer["replicas"], "versions": versions}
 
     def close(self) -> None:
         """Closes the connections. The client cannot be used any more."""
@@ -122,12 +219,18 @@ class Client:
     ) -> None:
         self.close()
 
-    def _ask(self, method: str, route: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _change(
+        self, method: str, route: str, if_match: int | None, **content: Any
+    ) -> dict[str, Any]:
+        headers = {} if if_match is None else {"if-match": f'"{if_match}"'}
+        return self._ask(method, route, headers=headers, **content)
+
+    def _ask(self, method: str, route: str, **content: Any) -> dict[str, Any]:
         """Returns the JSON object that the server answers with, or raises its refusal."""
-        response = self._http.request(method, route, json=body)
-        answer = _json_object(response)
+        response = self._http.request(method, route, **content)
+        answer = json_object(response)
         if not response.is_success:
-            raise _refusal(response, answer or {})
+            raise refusal(response, answer or {})
         if answer is None:
             raise OnebaseError(
                 response.status_code, "Not a onebase answer", f"{response.url} sent no JSON object."
@@ -139,23 +242,21 @@ def _route(task: str) -> str:
     """Returns the route of a task, whatever characters its name has."""
     if not task:
         raise ValueError("A task's name cannot be empty.")
-    return f"/v1/tasks/{quote(task, safe='@')}"
+    return f"/v1/tasks/{_part(task)}"
 
 
-def _json_object(response: httpx2.Response) -> dict[str, Any] | None:
-    """Returns the JSON object in the body; None if the body is anything else."""
-    try:
-        answer = response.json()
-    except ValueError:
-        return None
-    return answer if isinstance(answer, dict) else None
+def _part(name: str) -> str:
+    """Returns a name as one part of a path; of dots alone it would be none, and cannot be sent."""
+    if not name.strip("."):
+        raise ValueError(f"{name!r} names nothing.")
+    return quote(name, safe="@")
 
 
-def _refusal(response: httpx2.Response, problem: dict[str, Any]) -> OnebaseError:
-    """Returns the error that problem details (RFC 9457) tell of.
-
-    What stands between the client and the server answers in its own words, so both members may be
-    missing: the title then falls back on the status's phrase, as the RFC says of `about:blank`.
-    """
-    title = problem.get("title") or response.reason_phrase or "Unknown status"
-    return OnebaseError(response.status_code, str(title), str(problem.get("detail") or ""))
+def _query(**given: str | int | None) -> str:
+    """Returns the query of what is not None."""
+    said = {
+        name: str(value).lower() if isinstance(value, bool) else value
+        for name, value in given.items()
+        if value is not None
+    }
+    return f"?{urlencode(said, quote_via=quote)}" if said else ""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from adapters.errors import AdapterError, TaskNotFound
-from adapters.store import Look, Store
+from adapters.store import GOLDEN, Look, Store, limit_bytes
 from deployments.catalog import state
 from deployments.catalog.effects import Effects
 from deployments.catalog.ledger import Ledger
@@ -53,6 +53,7 @@ class Adoption:
         async with self._turns[task]:
             record = self._ledger.snapshot.tasks.get(task)
             if record is None:
+                await asyncio.to_thread(self._store.look, task)
                 version = await self._copy(task)
                 record = await self._commit(task, _taking_in(task, version, by), by, version)
             return record
@@ -133,7 +134,11 @@ class Adoption:
         """Validate a plain folder, and make a version folder of its files; return its version."""
         facts = await self._effects.check(task, None, {})
         files = await asyncio.to_thread(self._store.read, task)
-        named = {name: io.BytesIO(content) for name, content in files.contents.items()}
+        golden = await asyncio.to_thread(
+            self._store.read_file, task, None, GOLDEN, limit_bytes(GOLDEN)
+        )
+        contents = dict(files.contents) | ({} if golden is None else {GOLDEN: golden})
+        named = {name: io.BytesIO(content) for name, content in contents.items()}
         staging = await asyncio.to_thread(self._store.stage, named)
         try:
             if files.version != facts["version"]:

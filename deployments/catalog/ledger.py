@@ -53,6 +53,15 @@ class Ledger:
             await self._tell(before, after)
         return after
 
+    async def history(
+        self, *, task: str | None, before: int | None, limit: int
+    ) -> list[dict[str, Any]]:
+        """Return changes, the latest first; see `deployments.journal.Journal.history`."""
+        changes = await asyncio.to_thread(
+            self._writer.journal.history, task=task, before=before, limit=limit
+        )
+        return [change.model_dump() for change in changes]
+
     async def _tell(self, before: Snapshot, after: Snapshot) -> None:
         if after is not before:
             self._usage.changed(before, after)

@@ -16,8 +16,11 @@ from deployments.snapshot import Snapshot
 logger = logging.getLogger("ray.serve")
 
 _EVERY_S = 1.0
+_SCAN_SHARE = 0.1
 # Requests that were on their way to a version when it was deleted still find its files.
 _GRACE_S = 5.0
+# A staging in which nothing has changed for so long is nobody's, of no cluster on this store.
+_DEAD_S = 900.0
 
 
 class Upkeep:
@@ -34,6 +37,7 @@ class Upkeep:
         self._ledger, self._usage = ledger, usage
         self._store, self._adoption = store, adoption
         self._seen_s: dict[tuple[str, str | None], float] = {}
+        self._next_scan_s = 0.0
         self._loop: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -51,11 +55,11 @@ class Upkeep:
         return self._loop is not None and not self._loop.done()
 
     async def _run(self) -> None:
-        await self._safely(self._clear_unfinished())
         while True:
+            await self._safely(self._clear_unfinished())
             await self._safely(self._ledger.refresh())
             await self._safely(self._end_failing())
-            await self._safely(self._adoption.scan())
+            await self._safely(self._scan())
             await self._safely(self._purge())
             await asyncio.sleep(_EVERY_S)
 
@@ -65,6 +69,14 @@ class Upkeep:
             await work  # type: ignore[misc]
         except Exception as error:
             logger.error("catalog upkeep: %r", error, exc_info=error)
+
+    async def _scan(self) -> None:
+        """Look for folders, which may take a share of the time only."""
+        started_s = time.monotonic()
+        if started_s >= self._next_scan_s:
+            await self._adoption.scan()
+            ended_s = time.monotonic()
+            self._next_scan_s = ended_s + (ended_s - started_s) / _SCAN_SHARE
 
     async def _end_failing(self) -> None:
         """Give the traffic of versions that fail too often back to the active one."""
@@ -106,7 +118,7 @@ class Upkeep:
 
     async def _clear_unfinished(self) -> None:
         """Remove what publications left behind whose process has died."""
-        for staging, task, version in await asyncio.to_thread(self._store.unfinished):
+        for staging, task, version in await asyncio.to_thread(self._store.unfinished, _DEAD_S):
             record = self._ledger.snapshot.tasks.get(task or "")
             known = () if record is None else (*record.versions, *record.doomed)
             if task is not None and version is not None and version not in known:

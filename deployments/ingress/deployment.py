@@ -4,54 +4,92 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import zlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Collection
 from typing import Any
 
-import orjson
 from fastapi import FastAPI
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from adapters.rules import ProblemType
-from adapters.store import Store
-from deployments.config import Args, tokenize_without_pool
-from deployments.errors import INTERNAL, BatchLoopDied, NotReady, to_problem
-from deployments.ingress.predict import Answers, Encodings, Predictor
+from adapters.directory import Directory
+from adapters.documents import open_documents
+from adapters.store import GOLDEN
+from deployments.config import Args, admin_token, tokenize_without_pool
+from deployments.errors import INTERNAL, NotReady, to_problem
+from deployments.ingress.access import Access
+from deployments.ingress.admin import add_change_routes
+from deployments.ingress.folders import Folders
+from deployments.ingress.golden import MAX_GOLDEN_BYTES, try_golden
+from deployments.ingress.handles import CatalogHandle, ModelHandle
+from deployments.ingress.predict import Predictor
 from deployments.ingress.routes import make_api
+from deployments.ingress.sources import Sources
 from deployments.ingress.tasks import Tasks
 from deployments.ingress.wire import to_request
-from deployments.rows import Facts
+from deployments.internals import bind_host
+from deployments.journal import Journal
+from deployments.snapshot import Snapshot
 from deployments.tokens import Tokenizer
+from deployments.watch import Watch
 
 logger = logging.getLogger("ray.serve")
+
+# An object store is listed once in so long at most for names that nobody knows.
+_LIST_EVERY_S = 1.0
+_REPORT_EVERY_S = 1.0
 
 
 class Ingress:
     """Routes each request to its task's adapter, over HTTP or a handle."""
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
-        self, model: DeploymentHandle[Any], args: Args
+        self, model: DeploymentHandle[Any], catalog: DeploymentHandle[Any], args: Args
     ) -> None:
-        """Fetch the base's tokenizer; the replica takes traffic when this returns."""
+        """Read the catalog, fetch the base's tokenizer; the replica takes traffic after that."""
         tokenize_without_pool()
-        self._model = model
         self._args = args
-        self._tasks = Tasks(Store(args.adapter_store), self._describe)
-        self._tokenizer = await self._fetch_tokenizer()
-        self._predictor = Predictor(
-            self._tasks, self._tokenizer, self._ask, max_rows=args.max_request_rows
+        self._model = ModelHandle(model)
+        self._catalog = CatalogHandle(catalog)
+        self._store = args.open_store()
+        journal = Journal(open_documents(args.adapter_store))
+        self._watch = Watch(journal.newer, self._catalog.poll, self._prepare, self._hold)
+        self._catalog.is_away = lambda: self._watch.away
+        looks = isinstance(self._store, Directory)
+        self._tasks = Tasks(
+            Folders(
+                self._store, self._model.describe, list_every_s=None if looks else _LIST_EVERY_S
+            ),
+            self._model.describe,
+            silent_s=lambda: self._watch.stale_s,
+            refuse_when_lost=args.on_lost_catalog == "refuse",
         )
+        tokenizer = await asyncio.to_thread(Tokenizer, await self._model.vocabulary())
+        self._predictor = Predictor(
+            self._tasks, tokenizer, self._model.predict, max_rows=args.max_request_rows
+        )
+        await self._watch.start()
+        self._reporting = asyncio.get_running_loop().create_task(self._report())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP application; Ray Serve calls this after the constructor."""
-        return make_api(
+        args = self._args
+        api = make_api(
             self._tasks,
             self._predictor,
-            default_task=self._args.default_task,
-            max_body_bytes=self._args.max_body_bytes,
+            default_task=args.default_task,
+            max_body_bytes=args.max_body_bytes,
+            max_upload_bytes=args.max_upload_bytes,
+            usage=self._catalog.usage,
         )
+        add_change_routes(
+            api,
+            self._catalog,
+            self._store,
+            Access(bind_host(), admin_token()),
+            Sources(args.allowed_sources, self._store, max_bytes=args.max_upload_bytes),
+            self._model.residency,
+        )
+        return api
 
     async def predict(
         self,
@@ -59,6 +97,7 @@ class Ingress:
         texts: Any,
         return_scores: bool = False,
         threshold: float | None = None,
+        routing_key: str | None = None,
     ) -> dict[str, Any]:
         """Answer a handle call with the same plain dict as HTTP.
 
@@ -69,6 +108,7 @@ class Ingress:
             return_scores: Whether each result has its probabilities.
             threshold: Under it a single label is "Uncertain", one of several labels and an entity
                 are left out; the task's own if None.
+            routing_key: Calls with the same one are answered by the same version.
 
         Raises:
             LookupError: There is no such task.
@@ -77,7 +117,7 @@ class Ingress:
         """
         try:
             request = to_request(texts, return_scores=return_scores, threshold=threshold)
-            return await self._predictor.predict(task, request)
+            return await self._predictor.predict(task, request, routing_key)
         except Exception as error:
             problem = to_problem(error)
             if problem is None:
@@ -85,38 +125,47 @@ class Ingress:
             # Builtin exceptions only: the caller may have ray and none of our code.
             raise (problem or INTERNAL).exception() from None
 
-    async def _describe(self, task: str) -> Facts:
-        facts: Facts = await _reach(lambda: self._model.describe.remote(task))
-        return facts
+    async def try_golden(self, task: str, version: str, rules: dict[str, Any]) -> list[str]:
+        """Run a version's golden.jsonl, if it has one, under rules laid over its own.
 
-    async def _ask(
-        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings
-    ) -> Answers:
-        answers: Answers = await _reach(
-            lambda: self._model.predict.remote(task, version, problem_type, inputs)
+        Returns:
+            A sentence for each line that misses; empty if all hold, or there is no such file.
+
+        Raises:
+            NotReady: No model replica could be asked.
+            AdapterError: The version cannot be had.
+        """
+        content = await asyncio.to_thread(
+            self._store.read_file, task, version, GOLDEN, MAX_GOLDEN_BYTES
         )
-        return answers
+        if content is None:
+            return []
+        facts = await self._model.describe(task, version, rules)
+        return await try_golden(content, facts, self._predictor.runs)
 
-    async def _fetch_tokenizer(self) -> Tokenizer:
-        pages: list[bytes] = []
-        while page := await self._model.vocabulary_page.remote(len(pages)):
-            pages.append(page)
-        vocabulary = orjson.loads(zlib.decompress(b"".join(pages)))
-        return await asyncio.to_thread(Tokenizer, vocabulary)
-
-
-async def _reach(call: Callable[[], Awaitable[Any]]) -> Any:
-    """Make a handle call; when its replica dies under it, once more elsewhere.
-
-    Classification may be repeated, and Serve does not retry what a replica had accepted.
-    """
-    for attempt in (1, 2):
+    async def reach(self, revision: int, wait_s: float) -> str | None:
+        """Wait until a revision of the catalog holds here; return this replica's name if not."""
         try:
-            return await call()
-        except BackPressureError:
-            raise NotReady("the model's queue is full; try again in a second") from None
-        except DeploymentUnavailableError:
-            raise NotReady("no model replica is running") from None
-        except (RayActorError, BatchLoopDied):
-            if attempt == 2:
-                raise NotReady("the model replica was lost; try again in a second") from None
+            await asyncio.wait_for(self._watch.reach(revision), wait_s)
+        except TimeoutError:
+            return serve.get_replica_context().replica_id.unique_id
+        return None
+
+    async def _prepare(self, old: Snapshot, new: Snapshot, changed: Collection[str]) -> None:
+        await self._tasks.prepare(old, new, changed)
+
+    def _hold(self, snapshot: Snapshot) -> None:
+        self._tasks.snapshot = snapshot
+
+    async def _report(self) -> None:
+        """Tell the catalog once a second what was counted."""
+        while True:
+            await asyncio.sleep(_REPORT_EVERY_S)
+            counted = self._predictor.tally.take()
+            if not counted:
+                continue
+            try:
+                told = [one.model_dump() for one in counted]
+                await self._catalog.report(self._watch.name, told)
+            except NotReady:
+                self._predictor.tally.put_back(counted)

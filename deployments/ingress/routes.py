@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from bisect import bisect_right
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import FastAPI, Path, Query, Request
+from fastapi import FastAPI, Header, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -16,6 +14,7 @@ from starlette.exceptions import HTTPException
 from adapters.errors import AdapterError
 from deployments.errors import INTERNAL, BadInput, Problem, RequestError, to_problem
 from deployments.ingress.limits import BodyLimit
+from deployments.ingress.listing import AskUsage, Listing
 from deployments.ingress.predict import Predictor
 from deployments.ingress.tasks import Tasks
 from deployments.ingress.wire import PredictRequest, explain
@@ -23,63 +22,67 @@ from deployments.ingress.wire import PredictRequest, explain
 logger = logging.getLogger("ray.serve")
 
 TaskName = Annotated[str, Path(description="The task's name: its folder in the store.")]
-# How many tasks are described at a time for a listing: a cold one is a load.
-_DESCRIBED_AT_ONCE = 8
 _PAGE, _LARGEST_PAGE = 100, 1000
 Limit = Annotated[int, Query(ge=1, le=_LARGEST_PAGE, description="Most tasks in the answer.")]
 After = Annotated[str, Query(description="The last task of the page before: its `next`.")]
+RoutingKey = Annotated[
+    str | None,
+    Header(
+        alias="X-Routing-Key",
+        description="Requests of a task with the same key are answered by the same version.",
+    ),
+]
 
 
 def make_api(
-    tasks: Tasks, predictor: Predictor, *, default_task: str | None, max_body_bytes: int
+    tasks: Tasks,
+    predictor: Predictor,
+    *,
+    default_task: str | None,
+    max_body_bytes: int,
+    max_upload_bytes: int,
+    usage: AskUsage | None = None,
 ) -> FastAPI:
-    """Return the HTTP application over a predictor and its tasks."""
+    """Return the HTTP application.
+
+    Args:
+        tasks: Who knows the tasks.
+        predictor: Who answers for them.
+        default_task: The task of `POST /predict`, which is not there if this is None.
+        max_body_bytes: Largest body of a request.
+        max_upload_bytes: Largest upload of a version.
+        usage: Asks the catalog what was counted; None where there is none.
+    """
     api = FastAPI(title="onebase", description="One base model, every task.", redoc_url=None)
-    api.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    api.add_middleware(BodyLimit, max_bytes=max_body_bytes, max_upload_bytes=max_upload_bytes)
     api.add_exception_handler(RequestValidationError, _invalid)
     api.add_exception_handler(HTTPException, _http)
     # By name, since Starlette also raises on what the handler of Exception has answered: Serve
     # would log a traceback for every caller's mistake.
     for kind in (RequestError, AdapterError, Exception):
         api.add_exception_handler(kind, _any)
+    listing = Listing(tasks, usage)
 
     @api.post("/v1/tasks/{task}/predict", summary="Classify texts by a task's adapter")
-    async def predict(task: TaskName, body: PredictRequest) -> JSONResponse:
-        return JSONResponse(await predictor.predict(task, body))
+    async def predict(task: TaskName, body: PredictRequest, key: RoutingKey = None) -> JSONResponse:
+        return JSONResponse(await predictor.predict(task, body, key))
 
     @api.get("/v1/tasks", summary="All tasks by name, a page at a time")
     async def list_tasks(limit: Limit = _PAGE, after: After = "") -> JSONResponse:
-        names = await tasks.names()
-        start = bisect_right(names, after)
-        page = names[start : start + limit]
-        turns = asyncio.Semaphore(_DESCRIBED_AT_ONCE)
-        told: dict[str, Any] = {
-            "tasks": await asyncio.gather(*(_entry(tasks, name, turns) for name in page))
-        }
-        if start + limit < len(names):
-            told["next"] = page[-1]
-        return JSONResponse(told)
+        return JSONResponse(await listing.page(after, limit))
 
-    @api.get("/v1/tasks/{task}", summary="A task's version, labels and rules")
+    @api.get("/v1/tasks/{task}", summary="A task's versions, labels and rules")
     async def get_task(task: TaskName) -> JSONResponse:
-        return JSONResponse(dict(await tasks.get(task)))
+        entry, etag = await listing.task(task)
+        return JSONResponse(entry, headers={"etag": f'"{etag}"'})
 
     if default_task is not None:
 
         @api.post("/predict", summary=f"The inference guide's route; answers {default_task}")
-        async def predict_default(body: PredictRequest) -> JSONResponse:
-            return JSONResponse(await predictor.predict(default_task, body))
+        async def predict_default(body: PredictRequest, key: RoutingKey = None) -> JSONResponse:
+            return JSONResponse(await predictor.predict(default_task, body, key))
 
     return api
-
-
-async def _entry(tasks: Tasks, name: str, turns: asyncio.Semaphore) -> dict[str, Any]:
-    """Describe a task for the listing; one that cannot be served says why."""
-    async with turns:
-        try:
-            return dict(await tasks.get(name))
-        except AdapterError as error:
-            return {"task": name, "error": str(error)}
 
 
 def _respond(problem: Problem) -> JSONResponse:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
+from deployments.config import Args
 from deployments.model.planner import Planner
 
 # What the first forward may have, of which nothing is known: a decoder on a CPU takes tens of
@@ -59,3 +60,18 @@ class Budget:
         """
         if lengths:
             self._tokens_per_s.append(len(lengths) * max(lengths) / max(seconds, 1e-6))
+
+
+def make_planner(args: Args, *, on_cpu: bool) -> Budget:
+    """Return the planner for a device.
+
+    On a CPU more than about a thousand tokens leave its caches and take longer a token, and a
+    forward has little fixed cost: less padding is better (benchmarks/padding.py).
+    """
+    tokens = args.max_batch_tokens
+    if tokens == "auto":
+        tokens = 1024 if on_cpu else 16384
+    planner = Planner(args.max_batch_rows, tokens)
+    if on_cpu:
+        planner = replace(planner, max_stretch=1.25, short_tokens=8)
+    return Budget(planner)

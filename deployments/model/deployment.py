@@ -1,51 +1,44 @@
-"""The Ray Serve deployment on the device: adapters in and out of slots, rows through the engine."""
+"""The Ray Serve deployment on the device: rows of any adapters through one base."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import ray
 import torch
+from ray import serve
+from ray.serve.exceptions import RayServeException
 
-from adapters.errors import AdapterChanged, AdapterError, AdapterRefused
-from adapters.failures import Failures
-from adapters.host import Host
-from adapters.pinned import Pinned
+from adapters.documents import open_documents
 from adapters.rules import ProblemType
-from adapters.slots import Slots
-from adapters.store import Store
 from deployments.config import GIB, Args
 from deployments.errors import BatchLoopDied
-from deployments.model.budget import Budget
+from deployments.journal import Journal
+from deployments.model.budget import make_planner
 from deployments.model.dynamic_batch import batch_queue, dynamic_batch
 from deployments.model.engine import BadRow, EmptySlot, Engine, Loaded
 from deployments.model.facts import to_facts
 from deployments.model.memory import take_stock
-from deployments.model.planner import Planner
+from deployments.model.residents import Residents
 from deployments.model.threads import forward_threads
 from deployments.model.vocabulary import export_vocabulary, to_pages
 from deployments.rows import Facts, Prediction, Row, Tokens
+from deployments.snapshot import Snapshot
+from deployments.watch import Watch
 
 logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
-Rest = Callable[[float], Awaitable[None]]
-# At a time: a load is mostly Python, and each more that runs keeps forward and event loop waiting.
-_LOADS = 2
-# Of the time while rows are answered, how much prefetching may take.
-_PREFETCH_SHARE = 0.1
 
 
 class Model:
     """One base on one device, its resident adapters, and the queue of rows before it.
 
-    The event loop owns queue, slots and host cache; one thread owns all work on the device.
+    The event loop owns queue and residents; one thread owns all work on the device.
     """
 
     _device_lost = False
@@ -55,28 +48,25 @@ class Model:
         threads = forward_threads(args, _num_nodes())
         # Thread counts are a thread's own, and Ray would leave this one a single core.
         self._device = ThreadPoolExecutor(1, "forward", torch.set_num_threads, (threads,))
-        self._loads = ThreadPoolExecutor(_LOADS, "load")
-        self.store = Store(args.adapter_store)
-        self.failures = Failures()
-        self._num_calls = 0
         self.engine = await self._on_device(_make_engine, args)
         vocabulary = export_vocabulary(self.engine.encoder)
         self._max_length = vocabulary["max_length"]
         self._pages = to_pages(vocabulary)
-        self.planner = make_planner(args, self.engine.device)
+        self.planner = make_planner(args, on_cpu=self.engine.device.type == "cpu")
         host_bytes = int(args.max_host_gib * GIB)
         memory = take_stock(self.engine.encoder, self.planner.most_tokens, host_bytes)
         memory.check()
-        self.host: Host[Loaded] = Host(host_bytes, lambda item: item.num_bytes)
-        self.slots: Slots[Loaded] = Slots(
-            num_pages=self.engine.encoder.bank.num_pages,
+        self.residents = Residents(
+            self.engine,
+            args.open_store(),
+            host_bytes=host_bytes,
             max_slots=None if args.adapter_slots == "auto" else args.adapter_slots,
-            fetch=self._fetch,
-            size=lambda item: item.num_pages,
+            pinned_tasks=args.pinned_tasks,
             write=self._write,
+            forget=self._forget,
         )
-        self.pinned = Pinned(args.pinned_tasks, self.slots, self._find)
-        await self.pinned.load()
+        await self._follow_catalog(args)
+        await self.residents.load_pinned()
         logger.info(
             "base=%s quantization=%s device=%s threads=%d memory: %s",
             args.base_model,
@@ -90,31 +80,57 @@ class Model:
         """Return a page of the tokenizer (`deployments.model.vocabulary`), empty past the last."""
         return self._pages[page] if page < len(self._pages) else b""
 
-    async def describe(self, task: str) -> Facts:
-        """Read a task's folder as it is now, validate it whole, and keep it in RAM.
+    async def describe(
+        self, task: str, version: str | None = None, rules: dict[str, Any] | None = None
+    ) -> Facts:
+        """Read an adapter as it is now, validate it whole, and keep it in RAM.
+
+        Args:
+            task: The task.
+            version: The version; None for what its plain folder holds.
+            rules: Laid over its own.
 
         Raises:
-            AdapterError: The task is not there, not complete, or refused with all its problems.
+            AdapterError: It is not there, not complete, or refused with all its problems.
         """
-        loaded = await self._read(task)
-        self.host.put(f"{task}@{loaded.artifact.version}", loaded)
-        return to_facts(loaded.artifact, self._max_length)
+        return to_facts(await self.residents.describe(task, version, rules), self._max_length)
+
+    async def check(
+        self, task: str, staging: str | None, rules: dict[str, Any] | None = None
+    ) -> Facts:
+        """Validate what was staged exactly as a load would, and keep nothing of it.
+
+        Args:
+            task: The task that it is for.
+            staging: See `adapters.store.Store.stage`; None for the task's plain folder.
+            rules: Laid over its own.
+
+        Raises:
+            AdapterError: It is not there, or refused with all its problems.
+        """
+        artifact = await self.residents.reader.check(task, staging, rules or {})
+        return to_facts(artifact, self._max_length)
+
+    async def warm(self, task: str, version: str) -> None:
+        """Bring a version into a slot of this replica.
+
+        Raises:
+            AdapterError: The version cannot be had.
+        """
+        await self.residents.warm(task, version)
+
+    async def residency(self, after: str, limit: int) -> dict[str, Any]:
+        """Say where this replica has which versions; see `Residents.residency`.
+
+        Args:
+            after: `task@version`; only those after it.
+            limit: Most versions to return.
+        """
+        return {"replica": _replica(), **await self.residents.residency(after, limit)}
 
     async def prefetch(self, tasks: Collection[str]) -> None:
-        """Bring tasks into host RAM, one after the other, so that other loads need not wait.
-
-        While rows are answered it takes a share of the time only. A task that cannot be served is
-        left for its first request to say so.
-        """
-        for task in tasks:
-            with contextlib.suppress(AdapterError):
-                loaded = await self._read(task, rest=self._rest)
-                self.host.put(f"{task}@{loaded.artifact.version}", loaded)
-
-    async def _rest(self, taken_s: float) -> None:
-        """Leave the interpreter to the rows that are answered, after so long a piece of work."""
-        if self._num_calls:
-            await asyncio.sleep(taken_s * (1 / _PREFETCH_SHARE - 1))
+        """Bring tasks into host RAM; see `Residents.prefetch`."""
+        await self.residents.prefetch(tasks)
 
     async def predict(
         self,
@@ -139,16 +155,11 @@ class Model:
             AdapterError: The version cannot be had.
             BatchLoopDied: This replica cannot answer, and is about to be replaced.
         """
-        self._num_calls += 1
-        try:
-            async with self.slots.pin(f"{task}@{version}") as slot:
-                await self.pinned.follow(task, f"{task}@{version}")
-                rows = [Row(slot, Tokens(*given), problem_type) for given in inputs]
-                answers = await asyncio.gather(
-                    *(self.answer(row) for row in rows), return_exceptions=True
-                )
-        finally:
-            self._num_calls -= 1
+        async with self.residents.pin(task, version) as slot:
+            rows = [Row(slot, Tokens(*given), problem_type) for given in inputs]
+            answers = await asyncio.gather(
+                *(self.answer(row) for row in rows), return_exceptions=True
+            )
         return [_as_data(answer) for answer in answers]
 
     @dynamic_batch
@@ -173,41 +184,25 @@ class Model:
         if queue is not None and not queue.alive:
             raise RuntimeError("the batch loop has ended")
 
-    async def _find(self, task: str) -> str:
-        """Bring a task's current version into host RAM and return its name."""
-        return f"{task}@{(await self.describe(task))['version']}"
+    async def _follow_catalog(self, args: Args) -> None:
+        """Keep and forget what the catalog says, if there is one: without Serve there is none."""
+        try:
+            app = serve.get_replica_context().app_name
+        except RayServeException:
+            return
 
-    async def _read(
-        self, task: str, version: str | None = None, rest: Rest | None = None
-    ) -> Loaded:
-        """Read and validate a folder off the event loop, so that other rows keep flowing.
+        async def poll(watcher: str, revision: int, after: str) -> dict[str, Any]:
+            # By its name, which has to wait until both are deployed: the catalog has our handle.
+            catalog = serve.get_deployment_handle("Catalog", app)
+            page: dict[str, Any] = await catalog.poll.remote(watcher, revision, after)
+            return page
 
-        What failed fails again at once, as long as the folder is as it was. `rest` is awaited after
-        each piece of the work with the seconds that it took.
-        """
-        look = await self._off_loop(self.store.look, task)
-        with self.failures.remembering(f"{task}@{version or ''}", look):
-            try:
-                files = await self._piece(rest, self.store.read, task)
-                if version is not None and files.version != version:
-                    raise AdapterChanged(task, version, files.version)
-                artifact = await self._piece(rest, self.engine.validate, files)
-                return await self._piece(rest, self.engine.pack, artifact)
-            except AdapterRefused as error:
-                logger.warning("adapter=%s refused: %s", task, "; ".join(error.problems))
-                raise
+        journal = Journal(open_documents(args.adapter_store))
+        self._watch = Watch(journal.newer, poll, self._heed)
+        await self._watch.start()
 
-    async def _piece(self, rest: Rest | None, work: Callable[..., T], *args: Any) -> T:
-        started_s = time.perf_counter()
-        result = await self._off_loop(work, *args)
-        if rest is not None:
-            await rest(time.perf_counter() - started_s)
-        return result
-
-    async def _fetch(self, name: str) -> Loaded:
-        """Return `task@version` from the host's RAM, or read it."""
-        task, _, version = name.partition("@")
-        return await self.host.get(name, lambda: self._read(task, version))
+    async def _heed(self, old: Snapshot, new: Snapshot, changed: Collection[str]) -> None:
+        await self.residents.follow(old, new)
 
     async def _write(self, slot: int, loaded: Loaded, gone: Sequence[int]) -> None:
         """Hand an adapter over to a slot, after those that leave.
@@ -236,27 +231,13 @@ class Model:
         writing = loop.run_in_executor(self._device, self.engine.write, slot, loaded, gone)
         writing.add_done_callback(written)
 
-    async def _off_loop(self, work: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._loads, work, *args)
+    def _forget(self, slots: Sequence[int]) -> None:
+        """Free slots once the rows that were handed over before have been answered."""
+        logger.info("left=slot:%s", ",".join(map(str, slots)))
+        asyncio.get_running_loop().run_in_executor(self._device, self.engine.forget, slots)
 
     async def _on_device(self, work: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._device, work, *args)
-
-
-def make_planner(args: Args, device: torch.device) -> Budget:
-    """Return the planner for a device.
-
-    On a CPU more than about a thousand tokens leave its caches and take longer a token, and a
-    forward has little fixed cost: less padding is better (benchmarks/padding.py).
-    """
-    on_cpu = device.type == "cpu"
-    tokens = args.max_batch_tokens
-    if tokens == "auto":
-        tokens = 1024 if on_cpu else 16384
-    planner = Planner(args.max_batch_rows, tokens)
-    if on_cpu:
-        planner = replace(planner, max_stretch=1.25, short_tokens=8)
-    return Budget(planner)
 
 
 def _timed(
@@ -266,6 +247,14 @@ def _timed(
     started_s = time.perf_counter()
     answers = predict(rows)
     return answers, time.perf_counter() - started_s
+
+
+def _replica() -> str:
+    """Return this replica's id; without Serve this process is the one."""
+    try:
+        return serve.get_replica_context().replica_id.unique_id
+    except RayServeException:
+        return "alone"
 
 
 def _num_nodes() -> int:

@@ -25,6 +25,7 @@ from deployments.model.heads import HeadGraph
 from deployments.model.layout import Layout, find_layout, is_target
 from deployments.model.quantize import Quantization, quantize
 from deployments.model.sites import EmbeddingSite, HeadSite, LinearSite, ShiftSite, Site
+from deployments.model.unpadded import unpad
 
 
 class Logits(NamedTuple):
@@ -69,7 +70,7 @@ class Encoder:
         self.model = checkpoint.models["SEQ_CLS"]
         self.config = self.model.config
         self.config.use_cache = False
-        self._prepare(device)
+        self._prepare(device, dtype)
         layout = find_layout(checkpoint)
         lent = _lent(layout)
         heads = {path for head in layout.heads.values() for path in head}
@@ -97,12 +98,14 @@ class Encoder:
         if device.type == "cuda":
             self._captured.record = on_cuda(device)
 
-    def _prepare(self, device: torch.device) -> None:
+    def _prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         prepare = words(self.model).prepare
         if prepare is not None:
             prepare(self.model)
         if device.type == "cpu":
             steady(self.model)
+        else:
+            unpad(self.model, device, dtype)
 
     def _build_graphs(self, checkpoint: Checkpoint, layout: Layout) -> dict[TaskType, HeadGraph]:
         """Put head sites into their places, and return the graph of each task type."""

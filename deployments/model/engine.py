@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from adapters.artifact import Artifact, read_artifact
+from adapters.artifact import Artifact, read_artifact, under_rules
 from adapters.errors import AdapterRefused
 from adapters.store import RULES, Files
 from deployments.base import BaseName
@@ -109,11 +109,22 @@ class Engine:
         """
         return self.pack(self.validate(files))
 
-    def validate(self, files: Files) -> Artifact:
-        """Do the first half of `read`."""
-        # Only where it is compared: hashing a large base takes a minute.
-        compared = b"base_sha256" in files.contents.get(RULES, b"")
-        return read_artifact(files, self.geometry, self.encoder.sha256 if compared else None)
+    def validate(self, files: Files, ruled: bool = True) -> Artifact:
+        """Do the first half of `read`; what `ruled` is, see `adapters.artifact.read_artifact`."""
+        sha256 = self._compared(files.contents.get(RULES, b"")) if ruled else None
+        return read_artifact(files, self.geometry, sha256, ruled=ruled)
+
+    def under_rules(self, artifact: Artifact, task_json: bytes) -> Artifact:
+        """Return an artifact that has other rules.
+
+        Raises:
+            AdapterRefused: They do not fit it; with every problem that was found.
+        """
+        return under_rules(artifact, task_json, self.geometry, self._compared(task_json))
+
+    def _compared(self, task_json: bytes) -> str | None:
+        """Return the base's digest only where it is compared: hashing a large base is a minute."""
+        return self.encoder.sha256 if b"base_sha256" in task_json else None
 
     def pack(self, artifact: Artifact) -> Loaded:
         """Do the second half of `read`."""
@@ -136,11 +147,15 @@ class Engine:
         Raises:
             MemoryError: The bank has no room for it; the slot is empty then.
         """
-        for left in (*gone, slot):
-            self.encoder.bank.forget(left)
-            self._residents.pop(left, None)
+        self.forget((*gone, slot))
         self.encoder.bank.write(slot, loaded.packed)
         self._residents[slot] = loaded.artifact
+
+    def forget(self, slots: Iterable[int]) -> None:
+        """Free slots and their pages; they need not hold anything."""
+        for slot in slots:
+            self.encoder.bank.forget(slot)
+            self._residents.pop(slot, None)
 
     def problem(self, row: Row) -> BadRow | None:
         """Return why a row cannot be read, or None if it can."""

@@ -39,6 +39,7 @@ def to_facts(artifact: Artifact, max_length: int) -> Facts:
         aggregation=(rules.aggregation or "simple") if of_tokens else None,
         pair=rules.pair,
         guessed=guessed,
+        rules=rules.revision,
         method=spec.method,
         rank=spec.rank,
         targets=[targets] if isinstance(targets, str) else sorted(targets),

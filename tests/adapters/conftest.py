@@ -1,5 +1,6 @@
 import asyncio
 import json
+import logging
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
@@ -10,9 +11,9 @@ import torch
 from safetensors.torch import save
 
 from adapters.artifact import Artifact, read_artifact
+from adapters.directory import Directory
 from adapters.errors import AdapterRefused
 from adapters.geometry import Geometry, Graph, HeadShape, SiteShape
-from adapters.store import Store
 
 PREFIX = "base_model.model."
 
@@ -93,12 +94,14 @@ def write(tmp_path: Path, config: dict[str, Any], tensors: dict[str, torch.Tenso
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
+def store(tmp_path: Path) -> Directory:
+    return Directory(tmp_path / "store")
 
 
 @pytest.fixture
-def read(write: Callable[..., Path], store: Store, geometry: Geometry) -> Callable[..., Artifact]:
+def read(
+    write: Callable[..., Path], store: Directory, geometry: Geometry
+) -> Callable[..., Artifact]:
     def read(
         *, geometry: Geometry = geometry, base_sha256: str | None = None, **files: Any
     ) -> Artifact:
@@ -153,3 +156,45 @@ def settle() -> Callable[[], Awaitable[None]]:
             await asyncio.sleep(0)
 
     return settle
+
+
+@pytest.fixture
+def contents(config: dict[str, Any]) -> Callable[..., dict[str, bytes]]:
+    """Files of an adapter as a store sees them; another number makes another version."""
+
+    def contents(number: int = 1, **files: bytes) -> dict[str, bytes]:
+        weights = save({"x": torch.full((64,), float(number))})
+        named = {"adapter_config.json": b"{}", "adapter_model.safetensors": weights}
+        return named | {name.replace("__", "."): content for name, content in files.items()}
+
+    return contents
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[tuple[str, Any]]:
+    """A real S3 API on this machine: its URL, and a client of its."""
+    import botocore.session
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    url, keys = f"http://{host}:{port}", {"aws_access_key_id": "x", "aws_secret_access_key": "x"}
+    session = botocore.session.get_session()
+    yield url, session.create_client("s3", "us-east-1", endpoint_url=url, **keys)
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: tuple[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A client, and an empty bucket `bucket`; s3:// leads there."""
+    url, client = s3_server
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    client.create_bucket(Bucket="bucket")
+    for one in client.list_objects_v2(Bucket="bucket").get("Contents", []):
+        client.delete_object(Bucket="bucket", Key=one["Key"])
+    return client

@@ -135,3 +135,21 @@ def test_the_oldest_of_very_many_is_forgotten() -> None:
     with pytest.raises(AdapterError):
         work(failures, name="task-0")
     assert work.num_tries == _REMEMBERED + 2
+
+
+def test_what_holds_is_told_with_the_seconds_left_until_it_is_forgotten(
+    failures: Failures, clock: Clock
+) -> None:
+    work = Work()
+    for name in ("mood", "spam"):
+        with pytest.raises(AdapterRefused):
+            work(failures, name=name)
+        clock.now_s += 0.75
+    [(name, error, left_s)] = failures.holding()  # the other's time is over
+    assert (name, str(error), left_s) == ("spam", str(work.error), pytest.approx(0.25))
+    failures.forget("spam")
+    failures.forget("nowhere")
+    assert list(failures.holding()) == []
+    with pytest.raises(AdapterRefused):
+        work(failures, name="spam")
+    assert work.num_tries == 3

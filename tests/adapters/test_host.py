@@ -138,3 +138,30 @@ def test_an_item_put_again_is_counted_once(host: Host[str]) -> None:
     assert host.peek("a") == "xxx"
     host.put("c", "xxxxxx")  # "b" is the older now
     assert held(host, "abc") == "ac"
+
+
+async def test_what_is_dropped_is_gone_and_its_load_is_not_kept(
+    host: Host[str], settle: Settle
+) -> None:
+    host.put("a", "xxx")
+    host.put("b", "xx")
+    for name in ("a", "a", "nowhere"):
+        host.drop(name)
+    assert (set(host.versions), host.used_bytes) == ({"b"}, 2)
+    load = Load("xxx", open=False)
+    call = asyncio.ensure_future(host.get("a", load))
+    await settle()
+    host.drop("a")
+    later = asyncio.ensure_future(host.get("a", load))  # asks anew
+    await settle()
+    load.open.set()
+    assert (await call, await later) == ("xxx", "xxx")
+    assert load.num_calls == 2
+    host.drop("a")
+    load.open.clear()
+    call = asyncio.ensure_future(host.get("a", load))
+    await settle()
+    host.drop("a")
+    load.open.set()
+    assert await call == "xxx"
+    assert (set(host.versions), host.used_bytes) == ({"b"}, 2)

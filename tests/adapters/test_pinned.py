@@ -18,7 +18,8 @@ class Seats:
         await asyncio.sleep(0)
         if self.full:
             raise ValueError("no slot is left")
-        self.kept.append(version)
+        if version not in self.kept:
+            self.kept.append(version)
 
     def let_go(self, version: str) -> None:
         self.kept.remove(version)
@@ -75,27 +76,27 @@ async def test_no_pinned_tasks_are_not_worth_a_line(caplog: pytest.LogCaptureFix
 
 async def test_a_new_version_takes_the_place_of_the_old_one() -> None:
     pinned, seats, _ = await loaded("mood", "spam")
-    await pinned.follow("mood", "mood@2")
+    await pinned.answered("mood", "mood@2")
     assert sorted(seats.kept) == ["mood@2", "spam@1"]
-    await pinned.follow("mood", "mood@2")
+    await pinned.answered("mood", "mood@2")
     assert sorted(seats.kept) == ["mood@2", "spam@1"]
 
 
 async def test_one_that_could_not_be_loaded_is_kept_from_its_first_answer_on() -> None:
     pinned, seats, _ = await loaded("absent")
-    await pinned.follow("absent", "absent@1")
+    await pinned.answered("absent", "absent@1")
     assert seats.kept == ["absent@1"]
 
 
 async def test_others_are_not_kept() -> None:
     pinned, seats, _ = await loaded("mood")
-    await pinned.follow("spam", "spam@1")
+    await pinned.answered("spam", "spam@1")
     assert seats.kept == ["mood@1"]
 
 
 async def test_calls_at_once_keep_a_version_once() -> None:
     pinned, seats, _ = await loaded("mood")
-    await asyncio.gather(*(pinned.follow("mood", "mood@2") for _ in range(10)))
+    await asyncio.gather(*(pinned.answered("mood", "mood@2") for _ in range(10)))
     assert seats.kept == ["mood@2"]
 
 
@@ -104,5 +105,65 @@ async def test_a_version_for_which_no_slot_is_left_is_answered_all_the_same(
 ) -> None:
     pinned, seats, _ = await loaded("mood")
     seats.full = True
-    await pinned.follow("mood", "mood@2")
+    await pinned.answered("mood", "mood@2")
     assert "mood@2 cannot be kept: no slot is left" in caplog.text
+
+
+async def test_versions_that_are_said_stay_in_the_place_of_the_one_that_answered() -> None:
+    pinned, seats, _ = await loaded("mood")
+    pinned.say("mood", ["mood@2", "mood@3"])
+    assert seats.kept == []
+    assert await pinned.bring(["mood", "other"]) == {}
+    assert sorted(seats.kept) == ["mood@2", "mood@3"]
+    await pinned.answered("mood", "mood@4")
+    assert sorted(seats.kept) == ["mood@2", "mood@3"]
+    pinned.say("mood", ["mood@3"])
+    assert seats.kept == ["mood@3"]
+    pinned.say("mood", None)  # goes by its answers again
+    assert seats.kept == []
+    await pinned.answered("mood", "mood@5")
+    assert seats.kept == ["mood@5"]
+    pinned.say("mood", [])
+    await pinned.answered("mood", "mood@5")
+    assert seats.kept == []
+
+
+async def test_a_task_that_no_name_pins_is_pinned_as_said() -> None:
+    pinned, seats, _ = await loaded()
+    pinned.say("mood", ["mood@1"])
+    await pinned.bring(["mood"])
+    pinned.say("mood", None)
+    await pinned.answered("mood", "mood@1")
+    assert seats.kept == []
+
+
+@pytest.mark.parametrize("turns", range(8))
+async def test_what_is_let_go_while_it_comes_does_not_stay(turns: int) -> None:
+    pinned, seats, _ = await loaded()
+    pinned.say("mood", ["mood@1"])
+    coming = asyncio.ensure_future(pinned.bring(["mood"]))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    pinned.say("mood", [])
+    await coming
+    assert seats.kept == []
+
+
+async def test_what_found_no_room_is_tried_again_when_pins_have_changed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pinned, seats, _ = await loaded()
+    pinned.say("mood", ["mood@1"])
+    seats.full = True
+    assert [str(problem) for problem in (await pinned.bring(["mood"])).values()] == [
+        "no slot is left"
+    ]
+    for _ in range(3):
+        await pinned.answered("mood", "mood@1")
+    assert caplog.text.count("cannot be kept") == 1
+    seats.full = False
+    await pinned.answered("mood", "mood@1")
+    assert seats.kept == []
+    pinned.say("spam", None)
+    await pinned.answered("mood", "mood@1")
+    assert seats.kept == ["mood@1"]

@@ -1,14 +1,17 @@
 """Rules that contradict each other, the kind of problem, or its labels."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from adapters.artifact import Artifact
+from adapters.artifact import Artifact, read_artifact, under_rules
+from adapters.directory import Directory
+from adapters.errors import AdapterRefused
 from adapters.geometry import Geometry
-from adapters.rules import Rules, entity_label
+from adapters.rules import Rules, entity_label, lay_over
 
 Read = Callable[..., Artifact]
 Refused = Callable[..., tuple[str, ...]]
@@ -126,3 +129,57 @@ def test_a_classifier_of_texts_is_none_of_tokens(refused: Refused, file: str) ->
 )
 def test_an_entity_is_its_labels_without_their_place(label: str, entity: str) -> None:
     assert entity_label(label) == entity
+
+
+def test_rules_are_laid_over_others_key_by_key() -> None:
+    own = b'{"threshold": {"rude": 0.5}, "max_length": 9}'
+    laid = json.loads(lay_over(own, {"threshold": {"vile": 1}, "pair": True}))
+    assert laid == {"threshold": {"vile": 1}, "max_length": 9, "pair": True}
+    assert lay_over(own, {}) == own
+    assert json.loads(lay_over(b"{}", {"pair": True})) == {"pair": True}
+
+
+@pytest.mark.parametrize("broken", [b"", b"[1]", b"{", b"null", b"[" * 100_000, b"\xff"])
+def test_what_is_no_task_json_is_left_for_its_problem_to_be_told(broken: bytes) -> None:
+    assert lay_over(broken, {"pair": True}) == broken
+
+
+def test_the_revision_of_rules_is_that_of_what_they_say() -> None:
+    def revision(**rules: Any) -> str:
+        return Rules.model_validate(rules).revision
+
+    assert revision() == revision(truncation=True, threshold=None) == "44136fa3"
+    assert revision(max_length=9, threshold={"a": 0.5, "b": 1}) == revision(
+        threshold={"b": 1.0, "a": 0.5}, max_length=9
+    )
+    assert (
+        len({revision(), revision(max_length=9), revision(labels=["a"]), revision(pair=True)}) == 4
+    )
+
+
+def test_rules_over_an_adapter_s_own_are_checked_as_if_they_were(
+    read: Read, refused: Refused, geometry: Geometry
+) -> None:
+    artifact = read()
+    good = {"labels": list(LABELS), **WINDOW, "max_length": 64}
+    laid = under_rules(artifact, json.dumps(good).encode(), geometry)
+    assert laid.rules == read(task__json=good).rules
+    assert artifact.rules == Rules()
+    bad: list[Any] = [
+        {"labels": ["a"], "max_length": 65, "stride": 4, "base_sha256": "0" * 64},
+        {"thresholds": 1, "max_length": 0}, {"problem_type": TOKENS}, [1],
+    ]  # fmt: skip
+    for rules in bad:
+        with pytest.raises(AdapterRefused) as caught:
+            under_rules(artifact, json.dumps(rules).encode(), geometry)
+        assert caught.value.problems == refused(task__json=rules)
+
+
+def test_an_adapter_is_read_without_its_rules(
+    refused: Refused, store: Directory, geometry: Geometry
+) -> None:
+    assert refused(task__json={"labels": ["a"]})
+    assert read_artifact(store.read("mood"), geometry, ruled=False).rules == Rules()
+    assert refused(task__json={"labels": ["a"]}, config__json={"id2label": {"0": "a"}})
+    with pytest.raises(AdapterRefused, match=r"refused: config\.json names 1 labels"):
+        read_artifact(store.read("mood"), geometry, ruled=False)

@@ -42,10 +42,14 @@ class Bank:
             raise ValueError(f"{version} is broken")
         self.rows[slot] = version
 
+    def forget(self, slots: Sequence[int]) -> None:
+        for left in slots:
+            del self.rows[left]
+
     def slots(self, max_slots: int | None = None, num_pages: int = 1000) -> Slots[str]:
         return Slots(
             num_pages=num_pages, max_slots=max_slots,
-            fetch=self.fetch, size=len, write=self.write,
+            fetch=self.fetch, size=len, write=self.write, forget=self.forget,
         )  # fmt: skip
 
 
@@ -287,7 +291,12 @@ async def test_no_slot_is_given_twice_under_random_stress(seed: int) -> None:
             raise ValueError("broken")
         rows[slot] = version
 
-    slots = Slots(num_pages=12, max_slots=4, fetch=fetch, size=len, write=write)
+    def forget(gone: Sequence[int]) -> None:
+        for left in gone:
+            assert not readers.get(left), f"slot {left} was forgotten while it was read"
+            rows.pop(left, None)
+
+    slots = Slots(num_pages=12, max_slots=4, fetch=fetch, size=len, write=write, forget=forget)
 
     async def call(version: str) -> None:
         nonlocal done
@@ -309,6 +318,9 @@ async def test_no_slot_is_given_twice_under_random_stress(seed: int) -> None:
         calls.append(asyncio.ensure_future(call(chr(97 + number) * (1 + number % 7))))
         if chance.random() < 0.15:
             asyncio.get_running_loop().call_soon(chance.choice(calls).cancel)
+        if chance.random() < 0.1:
+            number = chance.randrange(12)
+            slots.drop(chr(97 + number) * (1 + number % 7))
         if chance.random() < 0.3:
             await asyncio.sleep(0)
     async with asyncio.timeout(20):
@@ -332,6 +344,9 @@ async def test_no_slot_is_given_twice_under_random_stress(seed: int) -> None:
         except ValueError:
             continue
     assert left == {1, 2, 3, 4}
+    for version in [*slots.resident]:
+        slots.drop(version)
+    assert (slots.pages_free, slots.slots_free, rows) == (12, 4, {})
 
 
 async def test_a_newcomer_is_in_ram_before_anybody_leaves(bank: Bank) -> None:
@@ -412,3 +427,94 @@ async def test_what_cannot_be_kept_is_not(bank: Bank) -> None:
     await use(slots, "a")
     await use(slots, "b")
     assert set(slots.resident) == {"b"}
+
+
+async def test_what_is_dropped_is_gone_at_once_and_loaded_anew_by_the_next_pin(bank: Bank) -> None:
+    slots = bank.slots(2, num_pages=5)
+    await slots.keep("aaa")
+    await use(slots, "b")
+    assert (slots.slots_free, slots.pages_free) == (0, 1)
+    for version in ("aaa", "aaa", "nowhere"):
+        slots.drop(version)
+    assert set(bank.rows.values()) == {"b"}
+    assert (slots.slots_free, slots.pages_free) == (1, 4)
+    await use(slots, "aaa")
+    assert bank.loads == ["aaa", "b", "aaa"]
+    await use(slots, "cc")  # "aaa" is not kept any more, "b" was used longer ago
+    await use(slots, "dd")
+    assert "aaa" not in slots.resident
+
+
+async def test_what_is_dropped_leaves_when_the_last_call_that_holds_it_ends(
+    bank: Bank, settle: Settle
+) -> None:
+    slots = bank.slots(num_pages=4)
+    first, second = Holder(slots, "aa"), Holder(slots, "aa")
+    await settle()
+    slots.drop("aa")
+    assert slots.resident == {}
+    assert slots.pages_free == 2
+    await first.leave()
+    assert bank.rows == {1: "aa"}
+    newer = Holder(slots, "aa")  # finds it gone
+    await settle()
+    assert (newer.slot, bank.rows) == (2, {1: "aa", 2: "aa"})
+    await second.leave()
+    assert bank.rows == {2: "aa"}
+    assert slots.pages_free == 2
+    await newer.leave()
+    assert slots.resident == {"aa": 2}
+
+
+async def test_what_is_dropped_while_it_loads_is_had_by_those_who_wait_and_then_leaves(
+    bank: Bank, settle: Settle
+) -> None:
+    slots = bank.slots()
+    bank.open.clear()
+    waits = [Holder(slots, "a"), Holder(slots, "a")]
+    left = asyncio.ensure_future(use(slots, "b"))
+    await settle()
+    slots.drop("a")
+    slots.drop("b")
+    left.cancel()
+    await settle()
+    bank.open.set()
+    await settle()
+    assert [holder.slot for holder in waits] == [1, 1]
+    assert bank.rows == {1: "a"}  # nobody waits for "b"
+    for holder in waits:
+        await holder.leave()
+    assert bank.rows == slots.resident == {}
+    assert bank.loads == ["a", "b"]
+
+
+async def test_what_leaves_for_another_may_be_dropped_as_well(bank: Bank, settle: Settle) -> None:
+    slots = bank.slots(num_pages=2)
+    held = Holder(slots, "aa")
+    await settle()
+    late = Holder(slots, "b")
+    await settle()
+    slots.drop("aa")
+    assert late.slot is None
+    await held.leave()
+    await settle()
+    assert late.slot == 1
+    assert bank.rows == {1: "b"}
+    assert slots.pages_free == 1
+    await late.leave()
+
+
+async def test_what_is_kept_again_after_it_was_dropped_stays(bank: Bank, settle: Settle) -> None:
+    slots = bank.slots(1)
+    bank.open.clear()
+    call = asyncio.ensure_future(use(slots, "a"))
+    await settle()
+    slots.drop("a")
+    keeps = asyncio.ensure_future(slots.keep("a"))
+    await settle()
+    bank.open.set()
+    await keeps
+    await call
+    with pytest.raises(BankFull):
+        await use(slots, "b")
+    assert set(slots.resident) == {"a"}

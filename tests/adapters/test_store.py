@@ -1,356 +1,438 @@
-import contextlib
-import hashlib
-import os
-import pickle
-import socket
+"""What every store promises, whatever it is made of."""
+
+import io
+import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import fsspec
 import pytest
-import torch
 
-from adapters.errors import AdapterIncomplete, AdapterRefused, TaskNotFound
-from adapters.store import Look, Store
+from adapters.errors import (
+    AdapterChanged,
+    AdapterIncomplete,
+    AdapterRefused,
+    StagingTooLarge,
+    TaskNotFound,
+    VersionNotFound,
+)
+from adapters.store import Store, digest, open_store
 
-Write = Callable[..., Path]
+Contents = Callable[..., dict[str, bytes]]
 WEIGHTS = "adapter_model.safetensors"
 
 
-class Bomb:
-    """A pickle that makes a file when it is opened."""
+@dataclass
+class Hands:
+    """What people do to a store by hand."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    put: Callable[[str, bytes], Any]
+    paths: Callable[[], list[str]]
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return open, (str(self.path), "w")
-
-
-def test_the_version_is_a_digest_of_name_length_and_content(write: Write, store: Store) -> None:
-    folder = write(tokenizer__json={"model": 1}, config__json={"id2label": {"0": "a"}})
-    digest = hashlib.sha256()
-    for name in ("adapter_config.json", WEIGHTS, "tokenizer.json"):
-        content = (folder / name).read_bytes()
-        digest.update(f"{name}\0{len(content)}\0".encode() + content)
-    files = store.read("mood")
-    assert files.version == digest.hexdigest()[:8]
-    assert files.task == "mood"
-    assert set(files.contents) == {
-        "adapter_config.json", WEIGHTS, "tokenizer.json", "config.json",
-    }  # fmt: skip
-    assert files.contents[WEIGHTS] == (folder / WEIGHTS).read_bytes()
+    def folder(self, path: str, files: dict[str, bytes]) -> str:
+        for name, content in files.items():
+            self.put(f"{path}/{name}", content)
+        return digest(files)
 
 
-@pytest.mark.parametrize("name", ["task.json", "config.json", "README.md"])
-def test_rules_and_labels_are_no_part_of_the_version(write: Write, store: Store, name: str) -> None:
-    folder = write()
-    before = store.read("mood").version
-    (folder / name).write_text('{"threshold": 0.5}')
-    assert store.read("mood").version == before
+@pytest.fixture(params=["directory", "memory", "s3"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", "tokenizer.json", "vocab.txt"])
-def test_what_changes_an_answer_changes_the_version(write: Write, store: Store, name: str) -> None:
-    folder = write()
-    before = store.read("mood").version
-    (folder / name).write_text("{}")
-    assert store.read("mood").version != before
+@pytest.fixture
+def url(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> str:
+    if kind == "s3":
+        request.getfixturevalue("s3")
+    if kind == "memory":
+        memory = fsspec.filesystem("memory")  # one for the whole process
+        memory.store.clear()
+        memory.pseudo_dirs[:] = [""]
+    return {
+        "directory": str(tmp_path / "store"),
+        "memory": "memory://store",
+        "s3": "s3://bucket/s",
+    }[kind]
 
 
-def test_weights_change_the_version_and_a_copy_does_not(
-    write: Write, store: Store, tensors: dict[str, torch.Tensor]
+@pytest.fixture
+def store(url: str, tmp_path: Path) -> Store:
+    return open_store(url, cache=tmp_path / "cache")
+
+
+@pytest.fixture
+def hands(kind: str, url: str, tmp_path: Path, request: pytest.FixtureRequest) -> Hands:
+    if kind == "directory":
+
+        def write(path: str, content: bytes) -> None:
+            (tmp_path / "store" / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "store" / path).write_bytes(content)
+
+        def files() -> list[str]:
+            found = (tmp_path / "store").rglob("*")
+            return sorted(str(p.relative_to(tmp_path / "store")) for p in found if p.is_file())
+
+        return Hands(write, files)
+    elif kind == "memory":
+        memory = fsspec.filesystem("memory")
+        return Hands(
+            lambda path, content: memory.pipe_file(f"/store/{path}", content),
+            lambda: [path.removeprefix("/store/") for path in memory.find("/store")],
+        )
+    else:
+        s3 = request.getfixturevalue("s3")
+        return Hands(
+            lambda path, content: s3.put_object(Bucket="bucket", Key=f"s/{path}", Body=content),
+            lambda: [
+                one["Key"].removeprefix("s/")
+                for one in s3.list_objects_v2(Bucket="bucket").get("Contents", [])
+            ],
+        )
+
+
+def stage(store: Store, files: dict[str, bytes]) -> str:
+    return store.stage({name: io.BytesIO(content) for name, content in files.items()})
+
+
+def publish(store: Store, task: str, files: dict[str, bytes]) -> str:
+    staging, version = stage(store, files), digest(files)
+    store.publish(staging, task, version)
+    store.discard(staging)
+    return version
+
+
+def test_a_plain_folder_is_a_task(store: Store, hands: Hands, contents: Contents) -> None:
+    files = contents(task__json=b'{"threshold": 0.5}')
+    assert store.tasks() == []
+    hands.folder("mood", {**files, "README.md": b"x", "adapter_model.bin": b"pickle"})
+    hands.put("catalog/1.json", b"{}")
+    hands.put("catalog/adapter_config.json", b"{}")
+    hands.put("UPPER/adapter_config.json", b"{}")
+    hands.put("bare/README.md", b"{}")
+    assert store.tasks() == ["mood"]
+    assert store.versions("mood") == []
+    read = store.read("mood")
+    assert (read.task, read.contents, read.version) == ("mood", files, digest(files))
+    looked = store.look("mood")
+    assert {name: size for name, size, _ in looked.entries} == {
+        **{name: len(content) for name, content in files.items()},
+        "adapter_model.bin": 6,
+    }
+    assert abs(looked.changed_s - time.time()) < 60
+    assert store.look("mood") == looked
+    hands.put("mood/task.json", b'{"threshold": 0.6}')  # as long as before
+    assert store.look("mood") != looked
+    for call in (store.look, store.read, store.versions):
+        with pytest.raises(TaskNotFound, match="'catalog' is taken"):
+            call("catalog")
+
+
+def test_what_was_staged_becomes_a_version_at_once(
+    store: Store, hands: Hands, contents: Contents
 ) -> None:
-    write("one")
-    write("same")
-    name = next(iter(tensors))
-    tensors[name] = tensors[name] + 1e-6
-    write("other")
-    versions = [store.read(task).version for task in ("one", "same", "other")]
-    assert versions[0] == versions[1] != versions[2]
+    files = contents(task__json=b"{}", golden__jsonl=b"[]")
+    version = digest(files)
+    staging = stage(store, files)
+    assert len(staging) == 32
+    assert (store.tasks(), store.versions("mood")) == ([], [])
+    read = store.read_staged(staging, "mood")
+    assert (read.task, read.version) == ("mood", version)
+    assert read.contents == {n: c for n, c in files.items() if n != "golden.jsonl"}
+    assert store.unfinished() == [(staging, None, None)]
+    store.publish(staging, "mood", version)
+    assert store.unfinished() == [(staging, "mood", version)]
+    assert (store.tasks(), store.versions("mood")) == (["mood"], [version])
+    assert store.read("mood", version).contents == read.contents
+    assert store.look("mood", version).entries
+    assert store.read_file("mood", version, "golden.jsonl", 100) == b"[]"
+    with pytest.raises(TaskNotFound):
+        store.read("mood")
+    store.discard(staging)
+    store.discard(staging)
+    assert store.unfinished() == []
+    assert hands.paths() == sorted(f"mood/{version}/{name}" for name in files)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["../mood", "..", ".", "", "UPPER", "mood/../mood", "/etc", "a b", ".hidden", "-x", "mood\n",
-     "mood\0", "ünïcode", "a" * 65, "a\\b", "~", "%2e%2e"],
-)  # fmt: skip
-def test_what_is_no_task_name_is_no_task(write: Write, store: Store, name: str) -> None:
-    write()
-    for call in (store.look, store.read):
-        with pytest.raises(TaskNotFound):
-            call(name)
+def test_a_version_that_is_there_is_kept(store: Store, hands: Hands, contents: Contents) -> None:
+    version = publish(store, "mood", contents(task__json=b'{"threshold": 0.5}'))
+    before = store.look("mood", version)
+    staging = stage(store, contents(task__json=b'{"threshold": 0.7}'))
+    store.publish(staging, "mood", version)
+    # Without a marker: if this process died now, nobody may take the version for half a one.
+    assert store.unfinished() == [(staging, None, None)]
+    assert store.look("mood", version) == before
+    assert store.versions("mood") == [version]
 
 
-@pytest.mark.parametrize("name", ["a", "0", "mood.v2", "mood-2_x", "a" * 64])
-def test_what_is_a_task_name_is_served(write: Write, store: Store, name: str) -> None:
-    write(name)
-    assert store.tasks() == [name]
-    assert store.read(name).task == name
-
-
-def test_the_list_has_folders_with_an_adapter_only(write: Write, store: Store) -> None:
-    assert store.tasks() == []  # the root is not there yet
-    for task in ("spam", "mood", "UPPER"):
-        write(task)
-    (store.root / "empty").mkdir()
-    (store.root / "file").write_text("x")
-    (store.root / ".git").mkdir()
-    assert store.tasks() == ["mood", "spam"]
-
-
-def test_a_folder_without_config_or_of_another_kind_is_not_found(
-    write: Write, store: Store
+def test_a_folder_that_is_not_what_its_name_says_is_refused_and_can_be_published_anew(
+    store: Store, hands: Hands, contents: Contents
 ) -> None:
-    write("bare", adapter_config__json=None)
-    (store.root / "file").write_text("x")
-    for task in ("bare", "file", "absent"):
-        for call in (store.look, store.read):
-            with pytest.raises(TaskNotFound):
-                call(task)
+    version = publish(store, "mood", contents())
+    hands.put(f"mood/{version}/tokenizer.json", b"{}")
+    found = digest(contents(tokenizer__json=b"{}"))
+    with pytest.raises(AdapterRefused, match=f"its folder {version} holds version {found}"):
+        store.read("mood", version)
+    assert publish(store, "mood", contents()) == version
+    assert store.read("mood", version).contents == contents()
+    assert f"mood/{version}/tokenizer.json" not in hands.paths()
+    assert not [path for path in hands.paths() if path.startswith(".staging")]
 
 
-def test_weights_that_are_not_there_yet_are_waited_for(write: Write, store: Store) -> None:
-    write(adapter_model__safetensors=None)
+def test_a_version_without_weights_can_be_published_anew(
+    store: Store, hands: Hands, contents: Contents
+) -> None:
+    version = digest(contents())
+    hands.put(f"mood/{version}/adapter_config.json", b"{}")
     with pytest.raises(AdapterIncomplete, match="safetensors is missing"):
-        store.read("mood")
+        store.read("mood", version)
+    publish(store, "mood", contents())
+    assert store.read("mood", version).contents == contents()
 
 
-def test_weights_cut_anywhere_are_incomplete(write: Write, store: Store) -> None:
-    path = write() / WEIGHTS
-    whole = path.read_bytes()
-    for size in [*range(0, len(whole), 9), len(whole) - 1]:
-        path.write_bytes(whole[:size])
-        with pytest.raises(AdapterIncomplete):
-            store.read("mood")
-    path.write_bytes(whole)
-    store.read("mood")
-
-
-@pytest.mark.parametrize("length", [2**26 + 1, 2**40, 2**63, 2**64 - 1])
-def test_a_header_of_absurd_length_is_refused_unread(
-    write: Write, store: Store, length: int
+def test_a_version_without_a_folder_is_the_plain_one_if_that_holds_it(
+    store: Store, hands: Hands, contents: Contents
 ) -> None:
-    write(adapter_model__safetensors=length.to_bytes(8, "little") + b"{}")
-    with pytest.raises(AdapterRefused, match=f"header of {length} bytes"):
-        store.read("mood")
+    with pytest.raises(TaskNotFound):
+        store.read("mood", "0" * 8)
+    version = hands.folder("mood", contents(1))
+    assert store.read("mood", version).contents == contents(1)
+    assert store.look("mood", version) == store.look("mood")
+    with pytest.raises(AdapterChanged, match=f"from version {'0' * 8} to {version}"):
+        store.read("mood", "0" * 8)
+    other = publish(store, "mood", contents(2))
+    assert store.read("mood", other).contents == contents(2)
+    assert store.read("mood").contents == contents(1)
+    store.remove("mood", None)
+    for call in (store.look, store.read):
+        with pytest.raises(VersionNotFound, match=version):
+            call("mood", version)
 
 
-def test_an_offset_of_absurd_length_is_incomplete_or_left_to_the_reader(
-    write: Write, store: Store
+def test_a_version_folder_without_config_does_not_exist(
+    store: Store, hands: Hands, contents: Contents
 ) -> None:
-    digits = b"9" * 5000  # more than Python turns into an int
-    header = b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,' + digits + b"]}}"
-    write(adapter_model__safetensors=len(header).to_bytes(8, "little") + header)
-    with contextlib.suppress(AdapterIncomplete):
-        assert WEIGHTS in store.read("mood").contents
+    files = contents()
+    version = digest(files)
+    hands.put(f"mood/{version}/{WEIGHTS}", files[WEIGHTS])
+    assert (store.tasks(), store.versions("mood")) == ([], [])
+    hands.folder("mood/notaversion", files)
+    hands.folder("mood/DEADBEEF", files)
+    assert (store.tasks(), store.versions("mood")) == ([], [])
+    hands.put(f"mood/{version}/adapter_config.json", files["adapter_config.json"])
+    assert (store.tasks(), store.versions("mood")) == (["mood"], [version])
 
 
-@pytest.mark.parametrize(
-    ("name", "size"), [(WEIGHTS, 2**32 + 1), ("tokenizer.json", 2**26 + 1), ("task.json", 2**27)]
-)
-def test_a_file_of_absurd_size_is_refused_unread(
-    write: Write, store: Store, opened: list[str], name: str, size: int
+def test_versions_are_listed_the_oldest_first(store: Store, contents: Contents) -> None:
+    made = []
+    for number in range(3):
+        made.append(publish(store, "mood", contents(number)))
+        time.sleep(1.1 if store.url.startswith("s3") else 0.01)  # S3 tells whole seconds
+    assert made != sorted(made)
+    assert store.versions("mood") == made
+
+
+NO_NAMES = [
+    "../x", "x/../adapter_config.json", "/etc/passwd", "", ".", "adapter_model.bin", "evil.py",
+    "publishing.json", "adapter_config.json\0", "Task.json", "archive.zip", "mood/task.json",
+]  # fmt: skip
+
+
+def test_only_an_adapter_s_files_are_staged(store: Store, hands: Hands, contents: Contents) -> None:
+    for name in NO_NAMES:
+        with pytest.raises(ValueError, match="no file of an adapter"):
+            stage(store, {**contents(), name: b"x"})
+        with pytest.raises(ValueError, match="no file of an adapter"):
+            store.read_file("mood", None, name, 100)
+    assert hands.paths() == []
+
+
+class Endless(io.RawIOBase):
+    """A file without an end, that counts what is read of it."""
+
+    num_bytes = 0
+
+    def read(self, size: int = -1) -> bytes:
+        assert size > 0
+        self.num_bytes += size
+        return b" " * size
+
+
+def test_a_file_is_cut_off_at_its_limit_and_nothing_is_left(
+    store: Store, hands: Hands, contents: Contents
 ) -> None:
-    folder = write()
-    with open(folder / name, "ab") as file:
-        file.truncate(size)  # sparse: it takes no room
-    opened.clear()
-    with pytest.raises(AdapterRefused, match=f"{name} has {size} bytes, over the limit"):
-        store.read("mood")
-    assert not opened
+    for name in ("task.json", "golden.jsonl", "adapter_config.json"):
+        endless = Endless()
+        files: dict[str, Any] = {n: io.BytesIO(c) for n, c in contents().items() if n != name}
+        with pytest.raises(StagingTooLarge, match=f"{name} is over its limit of {2**23} bytes"):
+            store.stage({**files, name: endless})
+        assert endless.num_bytes == 2**23 + 1
+        assert hands.paths() == []
+        assert store.unfinished() == []
 
 
-def test_a_pickle_alone_is_refused_and_never_opened(
-    write: Write, store: Store, tmp_path: Path, opened: list[str]
+def test_an_upload_that_breaks_off_leaves_nothing(
+    store: Store, hands: Hands, contents: Contents
 ) -> None:
-    mark = tmp_path / "opened"
-    write(adapter_model__safetensors=None, adapter_model__bin=pickle.dumps(Bomb(mark)))
-    opened.clear()
-    store.look("mood")
-    with pytest.raises(AdapterRefused, match=r"only adapter_model\.bin, a pickle"):
-        store.read("mood")
-    store.tasks()
-    assert not [path for path in opened if path.endswith(".bin")]
-    assert not mark.exists()
+    class Broken(io.RawIOBase):
+        def read(self, size: int = -1) -> bytes:
+            raise KeyboardInterrupt
+
+    files: dict[str, BinaryIO] = {n: io.BytesIO(c) for n, c in contents().items()}
+    with pytest.raises(KeyboardInterrupt):
+        store.stage({**files, "task.json": Broken()})
+    assert hands.paths() == []
+    assert store.unfinished() == []
 
 
-def test_nothing_else_of_a_training_folder_is_ever_opened(
-    write: Write, store: Store, tmp_path: Path, opened: list[str]
+BROKEN: list[tuple[dict[str, bytes | None], str]] = [
+    ({"adapter_config.json": None}, "adapter_config.json is missing"),
+    ({WEIGHTS: None}, "adapter_model.safetensors is missing"),
+    ({WEIGHTS: b"torn"}, "adapter_model.safetensors has only 4 bytes"),
+    ({WEIGHTS: (2**30).to_bytes(8, "little")}, f"has a header of {2**30} bytes"),
+]
+
+
+def test_what_was_staged_broken_is_refused_and_not_waited_for(
+    store: Store, contents: Contents
 ) -> None:
-    bomb = pickle.dumps(Bomb(tmp_path / "opened"))
-    training = (
-        "optimizer.pt", "scheduler.pt", "training_args.bin", "rng_state.pth", "adapter_model.bin",
-        "trainer_state.json", "model.safetensors", "README.md", "tokenizer.model", "evil.py",
-    )  # fmt: skip
-    folder = write(task__json={}, tokenizer__json={}, **dict.fromkeys(training, bomb))
-    (folder / "checkpoint-10").mkdir()
-    opened.clear()
-    store.tasks()
-    store.look("mood")
-    files = store.read("mood")
-    assert {Path(path).name for path in opened} == set(files.contents)
-    assert set(files.contents) == {"adapter_config.json", WEIGHTS, "task.json", "tokenizer.json"}
+    for changes, sentence in BROKEN:
+        files = {n: c for n, c in (contents() | changes).items() if c is not None}
+        staging = stage(store, files)
+        with pytest.raises(AdapterRefused, match=sentence):
+            store.read_staged(staging, "mood")
+        with pytest.raises(AdapterRefused, match=sentence):
+            store.publish(staging, "mood", "0" * 8)
+    assert store.tasks() == []
 
 
-def test_links_that_stay_in_the_store_are_served(
-    write: Write, store: Store, tmp_path: Path
+def test_another_version_than_was_staged_is_not_published(
+    store: Store, hands: Hands, contents: Contents
 ) -> None:
-    real = write("v1")
-    (store.root / "mood").symlink_to("v1")
-    hub = store.root / "hub"  # as the Hugging Face cache lays its snapshots
-    hub.mkdir()
-    for name in ("adapter_config.json", WEIGHTS):
-        (hub / name).symlink_to(real / name)
-    (store.root / "dangling").symlink_to(tmp_path / "nowhere")
-    (store.root / "loop").symlink_to("loop")
-    assert store.tasks() == ["hub", "mood", "v1"]
-    assert store.read("mood").version == store.read("hub").version
-    assert [name for name, _, _ in store.look("mood").entries] == ["adapter_config.json", WEIGHTS]
-    for task in ("dangling", "loop"):
+    staging = stage(store, contents())
+    before = hands.paths()
+    with pytest.raises(AdapterRefused, match=f"uploaded is {digest(contents())}, not 00000000"):
+        store.publish(staging, "mood", "0" * 8)
+    for task in ("../mood", "catalog", "", "UPPER"):
         with pytest.raises(TaskNotFound):
-            store.look(task)
-    (tmp_path / "linked").symlink_to(store.root)  # the store itself may be a link
-    assert Store(tmp_path / "linked").read("hub").version == store.read("mood").version
+            store.publish(staging, task, digest(contents()))
+        with pytest.raises(TaskNotFound):
+            store.read_staged(staging, task)
+    assert hands.paths() == before
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS, "tokenizer.json", None])
-def test_a_link_out_of_the_store_is_refused_unread_until_it_is_a_copy(
-    write: Write, store: Store, tmp_path: Path, opened: list[str], name: str | None
+def test_what_is_no_version_is_no_path(store: Store, hands: Hands, contents: Contents) -> None:
+    kept = publish(store, "mood", contents())
+    staging = stage(store, contents(2))
+    before = hands.paths()
+    for version in ("../../x", "", "0" * 7, "0" * 9, "DEADBEEF", "0000000\n", "."):
+        for call in (store.look, store.read):
+            with pytest.raises(VersionNotFound):
+                call("mood", version)
+        for change, given in (
+            (store.publish, (staging, "mood", version)),
+            (store.remove, ("mood", version)),
+            (store.read_file, ("mood", version, "task.json", 100)),
+        ):
+            with pytest.raises(AdapterRefused):
+                change(*given)
+    assert hands.paths() == before
+    assert store.versions("mood") == [kept]
+
+
+def test_a_staging_that_is_none_is_told_and_nothing_is_removed(
+    store: Store, hands: Hands, contents: Contents
 ) -> None:
-    folder = write(tokenizer__json={})
-    path = folder / name if name else folder
-    outside = tmp_path / "outside"
-    path.rename(outside)
-    path.symlink_to(outside)
-    opened.clear()
-    for call in (store.look, store.read):
-        with pytest.raises(AdapterRefused) as caught:
-            call("mood")
-        assert f"{name or WEIGHTS} is a link to outside of the store" in str(caught.value)
-    assert not opened
-    assert store.tasks() == ["mood"]  # so that the listing says why
-    path.unlink()
-    outside.rename(path)
-    assert store.read("mood").version
+    version = hands.folder("mood", contents())
+    hands.folder(f".staging/{'a' * 32}/files", contents())
+    before = hands.paths()
+    for staging in ("../mood", "", ".", "0" * 32, "0" * 31, "..", "F" * 32):
+        with pytest.raises(AdapterRefused, match="not there any more"):
+            store.read_staged(staging, "mood")
+        with pytest.raises(AdapterRefused, match="not there any more"):
+            store.publish(staging, "mood", version)
+        store.discard(staging)
+    assert hands.paths() == before
 
 
-def test_a_link_turned_to_another_folder_is_seen(
-    write: Write, store: Store, tmp_path: Path
+def test_a_removed_version_is_gone_and_the_others_stay(
+    store: Store, hands: Hands, contents: Contents
 ) -> None:
-    write("v1")
-    write("v2", adapter_config__json={"r": 1})
-    link = store.root / "mood"
-    link.symlink_to("v1")
-    before = store.look("mood")
-    (tmp_path / "link").symlink_to(store.root / "v2")
-    (tmp_path / "link").rename(link)
-    assert store.look("mood") != before
+    hands.folder("mood", {**contents(0), "golden.jsonl": b"", "adapter_model.bin": b"x"})
+    one, two = (publish(store, "mood", contents(number)) for number in (1, 2))
+    store.remove("mood", one)
+    store.remove("mood", one)
+    assert (store.versions("mood"), store.tasks()) == ([two], ["mood"])
+    hands.put("mood/README.md", b"mine")
+    store.remove("mood", None)
+    assert (store.versions("mood"), store.tasks()) == ([two], ["mood"])
+    store.remove("mood", two)
+    assert (store.versions("mood"), store.tasks()) == ([], [])
+    assert hands.paths() == ["mood/README.md"]
+    store.remove("absent", None)
+    store.remove("absent", one)
 
 
-def test_two_looks_at_an_unchanged_folder_are_equal(write: Write, store: Store) -> None:
-    write(task__json={})
-    before = store.look("mood")
-    time.sleep(0.01)
-    store.read("mood")
-    (store.root / "mood" / "notes.txt").write_text("not ours")
-    assert store.look("mood") == before
+def test_one_file_is_read_within_a_limit(store: Store, hands: Hands, contents: Contents) -> None:
+    version = publish(store, "mood", contents(golden__jsonl=b"12345"))
+    hands.folder("mood", contents(golden__jsonl=b"plain"))
+    assert store.read_file("mood", version, "golden.jsonl", 5) == b"12345"
+    assert store.read_file("mood", None, "golden.jsonl", 5) == b"plain"
+    assert store.read_file("mood", version, "task.json", 5) is None
+    assert store.read_file("mood", "0" * 8, "golden.jsonl", 5) is None
+    assert store.read_file("absent", None, "golden.jsonl", 5) is None
+    with pytest.raises(AdapterRefused, match=r"golden\.jsonl is over the limit of 4 bytes"):
+        store.read_file("mood", version, "golden.jsonl", 4)
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS, "task.json", "tokenizer.json"])
-def test_a_change_of_what_is_read_changes_the_look(write: Write, store: Store, name: str) -> None:
-    folder = write(task__json={"threshold": 0.5})
-    before = store.look("mood")
-    (folder / name).write_bytes(b"changed")
-    assert store.look("mood") != before
-
-
-def test_a_copy_that_keeps_file_times_counts_as_a_change_now(write: Write, store: Store) -> None:
-    folder = write()
-    for name in ("adapter_config.json", WEIGHTS):
-        os.utime(folder / name, (1e9, 1e9))
-    assert time.time() - store.look("mood").changed_s < 5
-
-
-def test_times_in_the_future_do_not_make_a_folder_change_at_every_look(
-    write: Write, store: Store
+def test_only_old_stagings_are_told_if_asked_for(
+    store: Store, hands: Hands, contents: Contents
 ) -> None:
-    folder = write()
-    os.utime(folder / WEIGHTS, (time.time() + 3600,) * 2)
-    before = store.look("mood")
-    time.sleep(0.01)
-    assert store.look("mood") == before
+    staging = stage(store, contents())
+    assert store.unfinished() == [(staging, None, None)]
+    assert store.unfinished(quiet_s=60) == []
+    time.sleep(2.1)
+    assert store.unfinished(quiet_s=1) == [(staging, None, None)]
 
 
-def test_a_file_that_goes_away_while_it_is_read_is_no_crash(
-    write: Write, store: Store, monkeypatch: pytest.MonkeyPatch
+MARKERS = [
+    b"", b"{", b"[]", b"null", b'{"task": "mood"}', b"\xff", b" " * 2000,
+    b'{"task": "../mood", "version": "00000000"}', b'{"task": "mood", "version": "../00000"}',
+    b'{"task": 5, "version": "00000000"}',
+]  # fmt: skip
+
+
+def test_a_marker_that_was_torn_names_nothing(
+    store: Store, hands: Hands, contents: Contents
 ) -> None:
-    folder = write()
-    look = store.look("mood")
-    (folder / WEIGHTS).unlink()
-    monkeypatch.setattr(store, "look", lambda task: look)  # it was there a moment ago
-    with pytest.raises(AdapterIncomplete, match=WEIGHTS):
-        store.read("mood")
+    for marker in MARKERS:
+        staging = stage(store, contents())
+        hands.put(f".staging/{staging}/publishing.json", marker)
+        assert store.unfinished() == [(staging, None, None)]
+        store.discard(staging)
 
 
-MAKE = {
-    "folder": Path.mkdir,
-    "pipe or device": os.mkfifo,
-    "socket": lambda path: socket.socket(socket.AF_UNIX).bind(os.path.relpath(path)),
-}
-
-
-@pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS, "tokenizer.json"])
-@pytest.mark.parametrize("kind", MAKE)
-@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
-def test_what_is_no_file_is_refused_and_not_waited_for(
-    write: Write, store: Store, kind: str, name: str
+def test_a_folder_s_mark_tells_that_something_came_or_went(
+    store: Store, hands: Hands, contents: Contents
 ) -> None:
-    folder = write(**{name: None})
-    (folder / name).unlink(missing_ok=True)
-    MAKE[kind](folder / name)
-    for call in (store.look, store.read):
-        with pytest.raises(AdapterRefused) as caught:
-            call("mood")
-        assert caught.value.problems == (f"{name} is a {kind}, not a file",)
+    assert store.folders() == {}
+    hands.folder("mood", contents())
+    hands.folder("spam", contents())
+    hands.put("catalog/1.json", b"{}")
+    first = store.folders()
+    assert first.keys() == {"mood", "spam"}
+    publish(store, "mood", contents(2))
+    second = store.folders()
+    assert second["mood"] != first["mood"]
+    assert json.loads(json.dumps(second)) == second
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS])
-def test_a_file_that_becomes_a_pipe_while_it_is_read_is_not_waited_for(
-    write: Write, store: Store, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    folder = write()
-    look = store.look("mood")
-    (folder / name).unlink()
-    os.mkfifo(folder / name)
-    monkeypatch.setattr(store, "look", lambda task: look)  # it was a file a moment ago
-    with pytest.raises(AdapterIncomplete, match="it is no file"):
-        store.read("mood")
-
-
-def test_a_file_that_grows_while_it_is_read_is_not_read_without_end(
-    write: Write, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write(tokenizer__json=b"{}") / "tokenizer.json"
-    look = store.look
-    looks: list[int] = []
-
-    def look_and_grow(task: str) -> Look:
-        before = look(task)
-        if not looks:
-            with path.open("ab") as file:
-                file.truncate(2**35)  # sparse: it takes no room
-        looks.append(len(looks))
-        return before
-
-    monkeypatch.setattr(store, "look", look_and_grow)
-    with pytest.raises(AdapterIncomplete, match="changed while it was read"):
-        store.read("mood")
-
-
-def test_weights_that_declare_an_absurd_size_are_refused(write: Write, store: Store) -> None:
-    header = b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,1152921504606846976]}}'
-    write(adapter_model__safetensors=len(header).to_bytes(8, "little") + header)
-    with pytest.raises(AdapterRefused, match="declares 1152921504606847056 bytes, over the limit"):
-        store.read("mood")
+def test_a_name_of_a_version_is_used_for_one_task_alone(store: Store, contents: Contents) -> None:
+    version = publish(store, "mood", contents())
+    with pytest.raises(TaskNotFound):
+        store.read("spam", version)
+    assert publish(store, "spam", contents()) == version
+    store.remove("mood", version)
+    assert store.read("spam", version).contents == contents()

@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
 
-from adapters.store import Store
+from adapters.directory import Directory
 from deployments.model.engine import Engine
 
 NUM_SLOTS = 5
@@ -58,7 +58,7 @@ def make_engine(folder: Path) -> Callable[[str], Engine]:
             str(folder / "base"), quantization=quantization, device="cuda", bank_bytes=2**26
         )
         for slot in range(1, 1 + NUM_SLOTS):
-            engine.write(slot, engine.read(Store(folder / "store").read(f"task{slot}")))
+            engine.write(slot, engine.read(Directory(folder / "store").read(f"task{slot}")))
         return engine
 
     return make

@@ -3,19 +3,21 @@
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertModel, LlamaModel
 
-from adapters.store import Store
+from adapters.directory import Directory
 from deployments.model import graphs
 from deployments.model.dynamic_batch import dynamic_batch
 from deployments.model.encoder import default_dtype
 from deployments.model.engine import Engine
 from deployments.model.planner import Planner
 from deployments.model.quantize import quantize
+from deployments.model.unpadded import unpad
 from deployments.rows import Prediction, Row, Tokens
 
 NUM_SLOTS = 5
@@ -100,12 +102,44 @@ def test_a_graph_answers_as_the_encoder_does(
     assert len(captured._graphs) == 4
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0),
+    reason="FlashAttention needs compute capability 8",
+)
+@pytest.mark.parametrize("cls", [BertModel, LlamaModel])
+def test_attention_without_padding_is_taken_and_answers_as_sdpa_does(
+    cls: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = cls.config_class(**sizes, vocab_size=512, num_key_value_heads=2, pad_token_id=0)
+    torch.manual_seed(0)
+    exact = cls(config).to(CUDA).eval()
+    exact.save_pretrained(tmp_path)
+    plain, ours = (
+        cls.from_pretrained(tmp_path, dtype=torch.bfloat16).to(CUDA).eval() for _ in range(2)
+    )
+    with caplog.at_level("WARNING", "ray.serve"):
+        unpad(ours, CUDA, torch.bfloat16)
+    assert not caplog.records, "torch's own kernel is not trusted on this device"
+    for model in (exact, plain, ours):
+        model.config.use_cache = False
+    for lengths in ([5, 1, 9], [120, 7, 64, 31, 2], [300, 299, 8], [1]):
+        real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        ids, mask = torch.randint(5, 500, real.shape).to(CUDA), real.long().to(CUDA)
+        with torch.inference_mode():
+            want, theirs, got = (
+                model(input_ids=ids, attention_mask=mask).last_hidden_state[real.to(CUDA)].float()
+                for model in (exact, plain, ours)
+            )
+        assert (got - want).abs().mean() <= 1.5 * (theirs - want).abs().mean()
+
+
 def test_a_slot_is_written_while_a_forward_runs(
     folder: Path, make_engine: Callable[[str], Engine]
 ) -> None:
     engine = make_engine("none")
     long, short = rows_of([120] * 200), rows_of([9])
-    store = Store(folder / "store")
+    store = Directory(folder / "store")
     other = engine.read(store.read("task2"))
     assert other.packed.pages.is_pinned()
     want, before = eagerly(engine, long), eagerly(engine, short)

@@ -7,41 +7,21 @@ from typing import Any
 
 import pytest
 from ray.exceptions import RayTaskError
-from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers, processors
 
+from adapters.directory import Directory
 from adapters.errors import AdapterChanged, AdapterRefused
-from adapters.store import Store
 from deployments.errors import BadInput
-from deployments.ingress import predict
-from deployments.ingress.predict import Answers, Encodings, Predictor
+from deployments.ingress import calls
+from deployments.ingress.calls import Answers, Encodings
+from deployments.ingress.folders import Folders
+from deployments.ingress.predict import Predictor
 from deployments.ingress.tasks import Tasks
 from deployments.ingress.wire import PredictRequest
 from deployments.rows import Facts, ProblemType
 from deployments.tokens import Tokenizer
 
-NUM_WORDS = 1000
+NUM_WORDS = 1000  # of the tokenizer of these tests
 CLS, SEP = NUM_WORDS + 1, NUM_WORDS + 2
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> Tokenizer:
-    """Its ids spell the words: w17 is 17."""
-    words = {f"w{n}": n for n in range(NUM_WORDS)}
-    specials = {"[UNK]": NUM_WORDS, "[CLS]": CLS, "[SEP]": SEP}
-    backend = Backend(models.WordLevel(words | specials, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.BertProcessing(("[SEP]", SEP), ("[CLS]", CLS))
-    return Tokenizer(
-        {
-            "backend": backend.to_str(),
-            "max_length": 512,
-            "truncation_side": "right",
-            "split_special_tokens": False,
-            "type_ids": True,
-            "unk_id": NUM_WORDS,
-        }
-    )
 
 
 def score(ids: list[int]) -> float:
@@ -92,9 +72,9 @@ Ask = Callable[..., Any]
 
 
 @pytest.fixture
-def ask(store: Store, write: Callable[..., Path], model: Model, tokenizer: Tokenizer) -> Ask:
+def ask(store: Directory, write: Callable[..., Path], model: Model, tokenizer: Tokenizer) -> Ask:
     write()
-    tasks = Tasks(store, model.describe, settle_s=0)
+    tasks = Tasks(Folders(store, model.describe, settle_s=0), model.describe)
     predictor = Predictor(tasks, tokenizer, model.ask, max_rows=2000)
 
     async def ask(*texts: Any, task: str = "mood", **others: Any) -> dict[str, Any]:
@@ -128,7 +108,7 @@ async def test_every_row_has_its_own_answer_in_order(ask: Ask, model: Model) -> 
 async def test_many_tokens_go_in_several_calls_and_stay_in_order(
     ask: Ask, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predict, "_MAX_CALL_TOKENS", 12)
+    monkeypatch.setattr(calls, "_MAX_CALL_TOKENS", 12)
     texts = [f"w{n} " * (1 + n % 5) for n in range(40)] + ["w7 " * 14] * 2
     answer = await ask(*texts, return_scores=True)
     own = [score(ids_of(text)) for text in texts]
@@ -142,7 +122,7 @@ async def test_many_tokens_go_in_several_calls_and_stay_in_order(
 async def test_many_scores_come_in_several_answers(
     ask: Ask, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predict, "_MAX_CALL_SCORES", 6)  # three rows of two labels
+    monkeypatch.setattr(calls, "_MAX_CALL_SCORES", 6)  # three rows of two labels
     texts = [f"w{n}" for n in range(10)]
     answer = await ask(*texts, return_scores=True)
     own = [score(ids_of(text)) for text in texts]
@@ -291,7 +271,7 @@ async def test_a_long_text_s_entities_are_those_of_what_was_read(ask: Ask) -> No
 async def test_many_scores_of_tokens_come_in_several_answers(
     ask: Ask, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predict, "_MAX_CALL_SCORES", 24)  # three rows of four tokens, two labels
+    monkeypatch.setattr(calls, "_MAX_CALL_SCORES", 24)  # three rows of four tokens, two labels
     answer = await ask(*(f"w{100 + n} w999" for n in range(10)))
     assert [len(inputs) for _, _, _, inputs in model.calls] == [3, 3, 3, 1]
     assert [result["prediction"][0]["score"] for result in answer["results"]] == [

@@ -8,9 +8,11 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
 
-from adapters.store import Store
+from adapters.directory import Directory
 from deployments.errors import BadInput
-from deployments.ingress.predict import Answers, Encodings, Predictor
+from deployments.ingress.calls import Answers, Encodings
+from deployments.ingress.folders import Folders
+from deployments.ingress.predict import Predictor
 from deployments.ingress.tasks import Tasks
 from deployments.ingress.windows import combine
 from deployments.ingress.wire import PredictRequest
@@ -78,9 +80,9 @@ def model(make_facts: Callable[..., Facts]) -> Model:
 
 
 @pytest.fixture
-def ask(store: Store, write: Callable[..., Path], model: Model, tokenizer: Tokenizer) -> Ask:
+def ask(store: Directory, write: Callable[..., Path], model: Model, tokenizer: Tokenizer) -> Ask:
     write()
-    tasks = Tasks(store, model.describe, settle_s=0)
+    tasks = Tasks(Folders(store, model.describe, settle_s=0), model.describe)
     predictor = Predictor(tasks, tokenizer, model.ask, max_rows=MAX_ROWS)
 
     async def ask(*texts: Any, **others: Any) -> list[dict[str, Any]]:

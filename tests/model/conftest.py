@@ -1,7 +1,9 @@
 import json
-from collections.abc import Callable, Collection, Iterator
+import shutil
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,10 @@ from transformers import (
     PretrainedConfig,
 )
 
-from adapters.store import WEIGHTS, Store
+from adapters.directory import Directory
+from adapters.store import RULES, WEIGHTS, Store
+from deployments.config import Args
+from deployments.model.deployment import Model
 from deployments.model.engine import Engine
 from deployments.model.sites import LinearSite
 from deployments.rows import Row, Tokens
@@ -39,12 +44,12 @@ def example_base() -> str:
 
 
 @pytest.fixture(scope="session")
-def example_store() -> Store:
-    return Store(EXAMPLES / "store")
+def example_store() -> Directory:
+    return Directory(EXAMPLES / "store")
 
 
 @pytest.fixture(scope="session")
-def example_engine(example_base: str, example_store: Store) -> Callable[[str], Engine]:
+def example_engine(example_base: str, example_store: Directory) -> Callable[[str], Engine]:
     """Returns an engine of a quantisation, with the example's adapters from slot 1 on."""
 
     @cache
@@ -58,14 +63,14 @@ def example_engine(example_base: str, example_store: Store) -> Callable[[str], E
 
 
 @pytest.fixture(scope="session")
-def example_labels(example_store: Store) -> dict[str, int]:
+def example_labels(example_store: Directory) -> dict[str, int]:
     """How many labels each example task has."""
     heads = {t: load(example_store.read(t).contents[WEIGHTS]) for t in example_store.tasks()}
     return {t: len(head["base_model.model.classifier.bias"]) for t, head in heads.items()}
 
 
 @pytest.fixture(scope="session")
-def heldout(example_base: str, example_store: Store) -> dict[str, list[Row]]:
+def heldout(example_base: str, example_store: Directory) -> dict[str, list[Row]]:
     """The held-out texts of each example task, as rows for the slot of its adapter."""
     tokenizer = AutoTokenizer.from_pretrained(example_base)
     rows = {}
@@ -106,6 +111,30 @@ def tiny_config() -> BertConfig:
 @pytest.fixture(scope="session")
 def tiny_base(save_base: Callable[..., str], tiny_config: BertConfig) -> str:
     return save_base(BertModel, tiny_config)
+
+
+@pytest.fixture(scope="session")
+def served_base(example_base: str, tiny_base: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny base with a tokenizer beside it, as the deployment needs one."""
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    shutil.copytree(tiny_base, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
+        shutil.copy(Path(example_base) / name, folder)
+    return str(folder)
+
+
+@pytest.fixture
+def start_model(served_base: str) -> Callable[..., Awaitable[Model]]:
+    """Starts the deployment's class as Serve would, over a store."""
+
+    async def start(store: Directory, **given: Any) -> Model:
+        model = object.__new__(Model)
+        given = {"adapter_store": store.url, "device": "cpu", "num_cpus": 1} | given
+        await model.__init__(Args(base_model=served_base, **given))
+        model.residents.reader.store = store
+        return model
+
+    return start
 
 
 @pytest.fixture(scope="session")
@@ -173,3 +202,35 @@ def on_inputs() -> Callable[..., Any]:
             yield
 
     return hooked
+
+
+@pytest.fixture
+def stage_in(
+    served_base: str, make_adapter: Callable[..., PeftModel], tmp_path: Path
+) -> Callable[..., str]:
+    """Stages an adapter in a store, as an upload does; another seed is another version."""
+
+    def stage(store: Store, seed: int = 0, rules: Any = None, **given: Any) -> str:
+        folder = tmp_path / "upload"
+        make_adapter(folder, served_base, seed=seed, **{"num_labels": 2, **given})
+        if rules is not None:
+            (folder / RULES).write_text(json.dumps(rules))
+        contents = {path.name: path.read_bytes() for path in folder.glob("*[!d]")}  # no README.md
+        shutil.rmtree(folder)
+        return store.stage({name: BytesIO(content) for name, content in contents.items()})
+
+    return stage
+
+
+@pytest.fixture
+def publish_to(stage_in: Callable[..., str]) -> Callable[..., str]:
+    """Publishes an adapter as a version of a task, and returns the version."""
+
+    def publish(store: Store, task: str, seed: int = 0, **given: Any) -> str:
+        staging = stage_in(store, seed, **given)
+        version = store.read_staged(staging, task).version
+        store.publish(staging, task, version)
+        store.discard(staging)
+        return version
+
+    return publish

@@ -11,8 +11,9 @@ from peft import PeftModel
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
+from adapters.directory import Directory
 from adapters.errors import AdapterRefused
-from adapters.store import Files, Store
+from adapters.store import Files
 from deployments.model.engine import Engine
 from deployments.model.facts import to_facts
 
@@ -23,7 +24,7 @@ def engine(example_engine: Callable[[str], Engine]) -> Engine:
 
 
 @pytest.fixture
-def beside(example_base: str, example_store: Store, tmp_path: Path) -> Callable[..., Files]:
+def beside(example_base: str, example_store: Directory, tmp_path: Path) -> Callable[..., Files]:
     """Reads the example's sentiment with a tokenizer saved beside it, without its task.json."""
 
     def beside(change: Callable[[Any], Any] = lambda tokenizer: None, **loading: Any) -> Files:
@@ -33,7 +34,7 @@ def beside(example_base: str, example_store: Store, tmp_path: Path) -> Callable[
         tokenizer = AutoTokenizer.from_pretrained(example_base, **loading)
         change(tokenizer)
         tokenizer.save_pretrained(str(folder))
-        return Store(tmp_path).read("sentiment")
+        return Directory(tmp_path).read("sentiment")
 
     return beside
 
@@ -93,4 +94,4 @@ def test_a_base_without_a_tokenizer_compares_none(
     assert engine.geometry.tokenizer is None
     make_adapter(tmp_path / "task", tiny_base, 2)
     (tmp_path / "task" / "tokenizer.json").write_text('{"model": {"type": "odd"}}')
-    assert engine.read(Store(tmp_path).read("task")).artifact.num_labels == 2
+    assert engine.read(Directory(tmp_path).read("task")).artifact.num_labels == 2

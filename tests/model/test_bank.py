@@ -6,7 +6,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from adapters.store import Store
+from adapters.directory import Directory
 from deployments.model.bank import Bank, Packed
 from deployments.model.engine import Engine
 from deployments.model.sites import EmbeddingSite, HeadSite, LinearSite, ShiftSite, Site
@@ -230,7 +230,7 @@ def test_a_pooled_input_is_answered_as_a_single_token() -> None:
 def engine(tiny_base: str, make_adapter: Callable[..., PeftModel], tmp_path: Path) -> Engine:
     """Slot 1 has LoRA on `query` alone, slot 2 on `value` and `query` of the second layer."""
     engine = Engine(tiny_base, quantization="none", device="cpu")
-    store = Store(tmp_path)
+    store = Directory(tmp_path)
     for slot, targets in enumerate((["query"], r".*(value|1\.attention\.self\.query)"), start=1):
         make_adapter(tmp_path / f"task{slot}", tiny_base, 3, targets=targets)
         engine.write(slot, engine.read(store.read(f"task{slot}")))

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
-from adapters.store import Store
+from adapters.directory import Directory
 from deployments.model.engine import Engine
 from deployments.rows import Row, Tokens
 from tests.parity.bases import BASES, FIRST_PLAIN_ID, VOCAB, Base
@@ -40,7 +40,7 @@ def test_bf16_costs_no_more_than_in_peft(base: Base, tmp_path: Path) -> None:
     ]
     exact, theirs = (peft(folder, tmp_path, inputs, dtype) for dtype in (None, torch.bfloat16))
     engine = Engine(folder, quantization="none", device="cpu", dtype=torch.bfloat16)
-    engine.write(1, engine.read(Store(tmp_path / "store").read("task")))
+    engine.write(1, engine.read(Directory(tmp_path / "store").read("task")))
     with torch.inference_mode():
         ours = engine.logits([Row(1, Tokens(ids)) for ids in inputs])
     assert ours.dtype == torch.float32

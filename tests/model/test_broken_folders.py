@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from adapters.directory import Directory
 from adapters.errors import AdapterError, AdapterIncomplete, AdapterRefused
-from adapters.store import Store
 from deployments.model.engine import Engine
 from deployments.rows import Prediction, Row, Tokens
 
@@ -258,7 +258,7 @@ def engine(base: str) -> Engine:
 @pytest.fixture(scope="module")
 def store(
     base: str, make_adapter: Callable[..., PeftModel], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Store]:
+) -> Iterator[Directory]:
     """Every broken folder of the table, and `good`, from which all are made."""
     root = tmp_path_factory.mktemp("broken") / "store"
     make_adapter(root / "good", base, 3)
@@ -269,11 +269,11 @@ def store(
     for name in ("Groß", "ünïcode", "a\nb", "日本", "-x", "a" * 100):  # no names of tasks
         shutil.copytree(root / "good", root / name)
     shutil.copytree(root / "good", root / os.fsdecode(b"\xff\xfe"))
-    yield Store(root)
+    yield Directory(root)
     shutil.rmtree(root.parent)
 
 
-def refuse(engine: Engine, store: Store, name: str) -> str:
+def refuse(engine: Engine, store: Directory, name: str) -> str:
     """Return what is said of a folder."""
     try:
         engine.read(store.read(name))
@@ -294,7 +294,7 @@ def test_the_table_is_long() -> None:
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_folder_is_refused_with_its_sentence(
-    engine: Engine, store: Store, name: str
+    engine: Engine, store: Directory, name: str
 ) -> None:
     started_s = time.perf_counter()
     said = refuse(engine, store, name)
@@ -308,7 +308,7 @@ def test_a_broken_folder_is_refused_with_its_sentence(
 
 
 def test_a_good_adapter_beside_them_is_read_and_answers_the_same_bits(
-    engine: Engine, store: Store
+    engine: Engine, store: Directory
 ) -> None:
     engine.write(1, engine.read(store.read("good")))
     before = answer(engine)
@@ -321,7 +321,7 @@ def test_a_good_adapter_beside_them_is_read_and_answers_the_same_bits(
     assert answer(engine) == before
 
 
-def test_the_tasks_are_listed_beside_them(store: Store) -> None:
+def test_the_tasks_are_listed_beside_them(store: Directory) -> None:
     names = set(store.tasks())
     assert "good" in names
     # Where the config is no file there is no adapter; a link's target is not looked into.
@@ -334,7 +334,7 @@ def resident_bytes() -> int:
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_no_memory_is_left_behind(engine: Engine, store: Store) -> None:
+def test_no_memory_is_left_behind(engine: Engine, store: Directory) -> None:
     for name in ("stray", "large-head"):  # which are read whole before they are refused
         assert (store.root / name / WEIGHTS).stat().st_size > LARGE
     for name in BROKEN:
@@ -362,7 +362,7 @@ def test_no_memory_is_left_behind(engine: Engine, store: Store) -> None:
 
 @pytest.mark.parametrize("file", [CONFIG, WEIGHTS, "tokenizer.json"])
 def test_flipped_bits_are_refused_or_another_version(
-    engine: Engine, store: Store, file: str
+    engine: Engine, store: Directory, file: str
 ) -> None:
     good = store.read("good")
     folder = store.root / "flipped"

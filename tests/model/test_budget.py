@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from deployments.config import Args
-from deployments.model.budget import Budget
-from deployments.model.deployment import Model, make_planner
+from deployments.model.budget import Budget, make_planner
+from deployments.model.deployment import Model
 from deployments.model.dynamic_batch import dynamic_batch
 from deployments.model.engine import BadRow
 from deployments.model.planner import Planner
@@ -160,6 +160,6 @@ async def test_the_deployment_notes_the_rows_that_ran() -> None:
 )
 def test_a_device_has_its_own_budget(device: str, given: Any, most: int, tmp_path: Any) -> None:
     args = Args(base_model="org/name", adapter_store=str(tmp_path), max_batch_tokens=given)
-    planner = make_planner(args, torch.device(device))
+    planner = make_planner(args, on_cpu=device == "cpu")
     planner.note([most], 1e-6)
     assert planner.max_tokens == most

@@ -17,8 +17,8 @@ from transformers import (
     RobertaModel,
 )
 
+from adapters.directory import Directory
 from adapters.errors import AdapterRefused
-from adapters.store import Store
 from deployments.base import BaseName, BaseUnavailable
 from deployments.model.engine import Engine
 from deployments.rows import Row, Tokens
@@ -107,7 +107,7 @@ def test_a_pooler_that_the_checkpoint_lacks_is_part_of_the_head(
     tiny_base: str, save_base: SaveBase, make_adapter: Callable[..., PeftModel], tmp_path: Path
 ) -> None:
     base = save_base(BertModel, BERT, add_pooling_layer=False)
-    engine, store = load(base), Store(tmp_path)
+    engine, store = load(base), Directory(tmp_path)
     assert heads(engine) == ["bert.pooler.dense", "classifier"]
     assert heads(load(tiny_base)) == ["classifier"]
 
@@ -142,7 +142,7 @@ def test_a_head_of_two_linears_is_answered_as_by_peft(
     tmp_path: Path,
 ) -> None:
     base = save_base(cls, config, **kwargs)
-    engine, store = load(base), Store(tmp_path)
+    engine, store = load(base), Directory(tmp_path)
     assert len(heads(engine)) == 2
     pefts = {
         slot: make_adapter(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from adapters.store import Store
+from adapters.directory import Directory
 from deployments.model.encoder import default_dtype
 from deployments.model.engine import BadRow, Engine
 from deployments.rows import Prediction, Row, Tokens
@@ -19,7 +19,7 @@ def engine(
 ) -> Engine:
     """Slot 2 holds an adapter, slots 1 and 3 hold none."""
     engine = Engine(tiny_base, quantization="int8", device="cpu")
-    store = Store(tmp_path_factory.mktemp("store"))
+    store = Directory(tmp_path_factory.mktemp("store"))
     make_adapter(store.root / "task", tiny_base, 3)
     engine.write(2, engine.read(store.read("task")))
     return engine
@@ -65,7 +65,7 @@ def test_gradients_flow_from_the_logits_to_the_embeddings(
 ) -> None:
     engine = Engine(tiny_base, quantization=quantization, device="cpu")
     make_adapter(tmp_path / "task", tiny_base, 3)
-    engine.write(1, engine.read(Store(tmp_path).read("task")))
+    engine.write(1, engine.read(Directory(tmp_path).read("task")))
     row = Row(1, Tokens([5, 6, 7]))
     engine.predict([row])  # inference before it must leave nothing that stops them
     words = engine.encoder.model.get_input_embeddings()

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import BertConfig, BertModel
 from transformers.utils import ModelOutput
 
-from adapters.store import Store
+from adapters.directory import Directory
 from deployments.model import graphs
 from deployments.model.bank import Bank
 from deployments.model.engine import Engine
@@ -91,7 +91,7 @@ def engine(
         folder = tmp_path / f"task{slot}"
         targets, saved = ("query", "value"), ["classifier", "pooler"]
         make_adapter(folder, base, 1 + slot, 4 + slot // 6, targets, seed=slot, saved=saved)
-        engine.write(slot, engine.read(Store(tmp_path).read(f"task{slot}")))
+        engine.write(slot, engine.read(Directory(tmp_path).read(f"task{slot}")))
     return engine
 
 
@@ -153,7 +153,7 @@ def test_an_adapter_written_over_another_is_what_a_graph_reads(
     rows = [Row(slot, Tokens([7, 8, 9])) for slot in (1, 2)]
     with torch.inference_mode():
         before = engine.logits(rows)
-        engine.write(1, engine.read(Store(tmp_path).read("task2")))
+        engine.write(1, engine.read(Directory(tmp_path).read("task2")))
         after = engine.logits(rows)
     assert (after[0] - after[1]).abs().max() <= 1e-6
     assert (before[0] - after[0]).abs().max() > 1e-3

@@ -22,8 +22,9 @@ from transformers import (
     LlamaModel,
 )
 
+from adapters.directory import Directory
 from adapters.errors import AdapterRefused
-from adapters.store import WEIGHTS, Store
+from adapters.store import WEIGHTS
 from deployments.model.engine import Engine
 from deployments.rows import Prediction, Row, Tokens
 
@@ -78,7 +79,7 @@ def test_rows_of_sequences_and_of_tokens_share_a_batch(tiny_base: str, tmp_path:
         2: make(tmp_path / "texts", tiny_base, 2, task_type=TaskType.SEQ_CLS),
         3: make(tmp_path / "spans", tiny_base, 3, task_type=TaskType.TOKEN_CLS),
     }
-    engine, store = load(tiny_base), Store(tmp_path)
+    engine, store = load(tiny_base), Directory(tmp_path)
     for slot, task in enumerate(("tokens", "texts", "spans"), start=1):
         engine.write(slot, engine.read(store.read(task)))
     rows = [Row(slot, Tokens(ids)) for ids in INPUTS for slot in (2, 1, 3)]
@@ -96,7 +97,7 @@ def test_an_adapter_without_a_head_uses_the_base_s(save_base: SaveBase, tmp_path
     stored = load_file(tmp_path / "headless" / WEIGHTS)
     assert not [name for name in stored if "classifier" in name]
     engine = load(base)
-    engine.write(1, engine.read(Store(tmp_path).read("headless")))
+    engine.write(1, engine.read(Directory(tmp_path).read("headless")))
     for ids in INPUTS:
         assert (answer(engine, 1, ids)[:NUM_LABELS] - want(peft, ids)).abs().max() <= TOLERANCE
 
@@ -108,7 +109,7 @@ def test_lora_on_the_head_changes_the_base_s(
     base = save_base(BertForSequenceClassification, BERT)
     peft = make(tmp_path / "head", base, target_modules=["query", "classifier"], use_dora=dora)
     engine = load(base)
-    engine.write(1, engine.read(Store(tmp_path).read("head")))
+    engine.write(1, engine.read(Directory(tmp_path).read("head")))
     for ids in INPUTS:
         assert (answer(engine, 1, ids)[:NUM_LABELS] - want(peft, ids)).abs().max() <= TOLERANCE
 
@@ -119,13 +120,13 @@ def test_a_head_that_is_promised_is_never_the_base_s(save_base: SaveBase, tmp_pa
     file = tmp_path / "torn" / WEIGHTS
     save_file({n: t for n, t in load_file(file).items() if "classifier" not in n}, file)
     with pytest.raises(AdapterRefused, match=r"no head weights: classifier\.weight, classifier\.b"):
-        load(base).read(Store(tmp_path).read("torn"))
+        load(base).read(Directory(tmp_path).read("torn"))
 
 
 def test_a_head_for_tokens_is_no_head_for_sequences(save_base: SaveBase, tmp_path: Path) -> None:
     base = save_base(BertForTokenClassification, BERT)
     make(tmp_path / "texts", base)
-    engine, store = load(base), Store(tmp_path)
+    engine, store = load(base), Directory(tmp_path)
     with pytest.raises(AdapterRefused, match=r"no head weights: .*classifier\.weight"):
         engine.read(store.read("texts"))
     peft = make(tmp_path / "tokens", base, task_type=TaskType.TOKEN_CLS, modules_to_save=[])
@@ -150,7 +151,7 @@ def test_a_pooler_that_an_adapter_brings_is_its_own(tiny_base: str, tmp_path: Pa
         3: make(tmp_path / "adapted", tiny_base, 4, target_modules=["query", "pooler.dense"],
                 task_type=TaskType.SEQ_CLS),
     }  # fmt: skip
-    store = Store(tmp_path)
+    store = Directory(tmp_path)
     engine = load(tiny_base)
     for slot, task in enumerate(("pooler", "plain", "adapted"), start=1):
         engine.write(slot, engine.read(store.read(task)))
@@ -170,7 +171,7 @@ def test_modules_of_the_encoder_may_be_an_adapter_s_own_beside_one_that_has_none
         1: make(tmp_path / "own", tiny_base, modules_to_save=[saved], **seq),
         2: make(tmp_path / "plain", tiny_base, **seq),
     }
-    store = Store(tmp_path)
+    store = Directory(tmp_path)
     engine = load(tiny_base, dtype=dtype)
     for slot, task in enumerate(("own", "plain"), start=1):
         engine.write(slot, engine.read(store.read(task)))
@@ -192,12 +193,12 @@ def test_what_cannot_be_brought_whole_is_refused_by_name(
     make(tmp_path / "conv", gpt2, task_type=TaskType.SEQ_CLS, target_modules=["c_attn"],
          modules_to_save=["mlp.c_proj"], fan_in_fan_out=True)  # fmt: skip
     with pytest.raises(AdapterRefused, match=r"mlp\.c_proj is brought whole, as only linears and"):
-        load(gpt2).read(Store(tmp_path).read("conv"))
+        load(gpt2).read(Directory(tmp_path).read("conv"))
     llama = save_base(LlamaModel, LlamaConfig(**small, **LLAMA))
     make(tmp_path / "norm", llama, task_type=TaskType.SEQ_CLS, target_modules=["q_proj"],
          modules_to_save=["norm"])  # fmt: skip
     with pytest.raises(AdapterRefused, match=r"model\.norm is brought whole, as only linears and"):
-        load(llama).read(Store(tmp_path).read("norm"))
+        load(llama).read(Directory(tmp_path).read("norm"))
 
 
 @pytest.mark.parametrize("pad_id", [-1, None, 7])
@@ -211,7 +212,7 @@ def test_any_pad_id_pads_rows_of_several_lengths(
         tmp_path / "task", base, task_type=TaskType.SEQ_CLS, target_modules=["q_proj", "v_proj"]
     )
     engine = load(base)
-    engine.write(1, engine.read(Store(tmp_path).read("task")))
+    engine.write(1, engine.read(Directory(tmp_path).read("task")))
     with torch.inference_mode():
         logits = engine.logits([Row(1, Tokens(ids)) for ids in INPUTS])
     for ids, got in zip(INPUTS, logits, strict=True):
@@ -227,7 +228,7 @@ def test_a_copy_of_the_embedding_is_known_in_any_dtype(
     own = BertModel.from_pretrained(tiny_base).embeddings.word_embeddings.weight.data
     name = "base_model.model.bert.embeddings.word_embeddings.weight"
     save_file(load_file(file) | {name: own.clone()}, file)
-    load(tiny_base, dtype=dtype).read(Store(tmp_path).read("whole"))
+    load(tiny_base, dtype=dtype).read(Directory(tmp_path).read("whole"))
 
 
 def test_a_whole_embedding_is_taken_only_if_it_is_the_base_s(
@@ -237,7 +238,7 @@ def test_a_whole_embedding_is_taken_only_if_it_is_the_base_s(
     file = tmp_path / "whole" / WEIGHTS
     own = BertModel.from_pretrained(tiny_base).embeddings.word_embeddings.weight.data
     name = "base_model.model.bert.embeddings.word_embeddings.weight"
-    engine, store, stored = load(tiny_base), Store(tmp_path), load_file(file)
+    engine, store, stored = load(tiny_base), Directory(tmp_path), load_file(file)
     save_file(stored | {name: own.clone()}, file)
     engine.read(store.read("whole"))
     save_file(stored | {name: own + 1e-3}, file)
@@ -267,7 +268,7 @@ def test_a_base_that_is_quantised_already_is_served_as_it_is(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # see deployments.model.quantize
     engine = load(base)
-    engine.write(1, engine.read(Store(tmp_path / "store").read("task")))
+    engine.write(1, engine.read(Directory(tmp_path / "store").read("task")))
     kinds = {type(module).__name__ for module in engine.encoder.model.modules()}
     assert "Linear4bit" in kinds
     for ids in INPUTS:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from adapters.store import Store
+from adapters.directory import Directory
 from deployments.model.dynamic_batch import dynamic_batch
 from deployments.model.encoder import Encoder
 from deployments.model.engine import Engine
@@ -49,7 +49,7 @@ class Small:
 def engine(tiny_base: str, make_adapter: Callable[..., PeftModel], tmp_path: Path) -> Engine:
     engine = Engine(tiny_base, quantization="none", device="cpu")
     make_adapter(tmp_path / "task", tiny_base, 3)
-    engine.write(1, engine.read(Store(tmp_path).read("task")))
+    engine.write(1, engine.read(Directory(tmp_path).read("task")))
     return engine
 
 

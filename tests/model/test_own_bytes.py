@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.store import Store
+from adapters.directory import Directory
 from benchmarks.resident import fleet, own_bytes, save_adapter
 from deployments.model.engine import Engine
 
@@ -23,7 +23,7 @@ FEW = (
 def test_a_resident_adapter_takes_at_most_half_more_than_its_own_bytes(
     example_base: str, example_engine: Callable[[str], Engine], tmp_path: Path
 ) -> None:
-    engine, store = example_engine("none"), Store(tmp_path)
+    engine, store = example_engine("none"), Directory(tmp_path)
     chosen = [(config, labels) for name, config, labels in fleet() if name in FEW]
     assert len(chosen) == len(FEW)
     sizes = set()

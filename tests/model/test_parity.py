@@ -23,7 +23,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from adapters.store import Store
+from adapters.directory import Directory
 from deployments.model.engine import Engine
 from deployments.rows import Row
 
@@ -90,7 +90,7 @@ def mixed(side: Side, mixed_rows: list[Row], width: int) -> tuple[torch.Tensor, 
 
 
 @pytest.fixture(scope="module")
-def oracle(side: Side, example_base: str, example_store: Store) -> Callable[[str], PeftModel]:
+def oracle(side: Side, example_base: str, example_store: Directory) -> Callable[[str], PeftModel]:
     """Returns PEFT's model of one task, over the very modules that the engine quantised."""
 
     @cache

@@ -11,7 +11,7 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 
-from adapters.store import Store
+from adapters.directory import Directory
 from deployments.model.engine import Engine
 from deployments.rows import Row, Tokens
 
@@ -87,7 +87,7 @@ def install(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[Mix], dict[int, PeftModel]]:
     """Brings a mix into the engine by way of a store; returns PEFT's model of each slot."""
-    store = Store(tmp_path_factory.mktemp("store"))
+    store = Directory(tmp_path_factory.mktemp("store"))
 
     def bring(slot: int, adapter: Adapter) -> PeftModel:
         task = f"task{next(names)}"

@@ -6,65 +6,47 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from peft import PeftModel
 
+from adapters.directory import Directory
 from adapters.errors import AdapterChanged, AdapterIncomplete, AdapterRefused, TaskNotFound
-from adapters.store import WEIGHTS, Files, Store
-from deployments.config import Args
+from adapters.store import WEIGHTS, Files
 from deployments.errors import BatchLoopDied
-from deployments.model import deployment
+from deployments.model import residents
 from deployments.model.deployment import Model
 
 Make = Callable[..., PeftModel]
+Start = Callable[..., Awaitable[Model]]
 ROW = [([5, 6, 7], None)]
 
 
-class Counting(Store):
+class Counting(Directory):
     """A store that counts what it reads."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.reads: list[str] = []
 
-    def read(self, task: str) -> Files:
+    def read(self, task: str, version: str | None = None) -> Files:
         self.reads.append(task)
-        return super().read(task)
-
-
-@pytest.fixture(scope="module")
-def base(example_base: str, tiny_base: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The tiny base with a tokenizer beside it, as the deployment needs one."""
-    folder = tmp_path_factory.mktemp("base") / "tiny"
-    shutil.copytree(tiny_base, folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
-        shutil.copy(Path(example_base) / name, folder)
-    return str(folder)
+        return super().read(task, version)
 
 
 @pytest.fixture
-def store(base: str, make_adapter: Make, tmp_path: Path) -> Counting:
+def store(served_base: str, make_adapter: Make, tmp_path: Path) -> Counting:
     for seed, task in enumerate(("mood", "spam", "topic")):
-        make_adapter(tmp_path / "store" / task, base, num_labels=2, seed=seed)
+        make_adapter(tmp_path / "store" / task, served_base, num_labels=2, seed=seed)
     return Counting(tmp_path / "store")
 
 
-async def start(base: str, store: Counting, **given: Any) -> Model:
-    model = object.__new__(Model)
-    await model.__init__(
-        Args(base_model=base, adapter_store=str(store.root), device="cpu", num_cpus=1, **given)
-    )
-    model.store = store
-    return model
-
-
 @pytest.fixture
-async def model(base: str, store: Counting) -> AsyncIterator[Model]:
-    return await start(base, store)
+async def model(start_model: Start, store: Counting) -> Model:
+    return await start_model(store)
 
 
 async def ask(model: Model, task: str, version: str) -> list[float]:
@@ -73,7 +55,7 @@ async def ask(model: Model, task: str, version: str) -> list[float]:
     return scores
 
 
-def break_(store: Store, task: str, **keys: Any) -> None:
+def break_(store: Directory, task: str, **keys: Any) -> None:
     path = store.root / task / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | keys))
 
@@ -104,7 +86,7 @@ async def test_a_refused_folder_is_tried_again_after_a_while(
     model: Model, store: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_(store, "mood", use_qalora=True)
-    monkeypatch.setattr(model.failures, "_first_s", 0.05)
+    monkeypatch.setattr(model.residents.reader.failures, "_first_s", 0.05)
     for _ in range(2):
         with pytest.raises(AdapterRefused):
             await model.describe("mood")
@@ -162,14 +144,14 @@ async def test_what_was_prefetched_is_not_read_again(model: Model, store: Counti
 async def test_a_prefetch_beside_rows_takes_its_share_of_the_time_only(
     model: Model, store: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deployment, "_PREFETCH_SHARE", 0.001)  # of a load of milliseconds: seconds
+    monkeypatch.setattr(residents, "_PREFETCH_SHARE", 0.001)  # of a load of milliseconds: seconds
     await model.describe("mood")
-    model._num_calls += 1  # as while a row is answered
+    model.residents.num_calls += 1  # as while a row is answered
     prefetch = asyncio.ensure_future(model.prefetch(["spam", "topic"]))
     await asyncio.sleep(0.3)
     assert store.reads == ["mood", "spam"]
     prefetch.cancel()
-    model._num_calls -= 1
+    model.residents.num_calls -= 1
     started_s = time.perf_counter()
     await model.prefetch(["spam", "topic"])  # and all of it where nobody waits
     assert time.perf_counter() - started_s < 1
@@ -177,39 +159,39 @@ async def test_a_prefetch_beside_rows_takes_its_share_of_the_time_only(
 
 
 async def test_pinned_tasks_are_in_slots_at_the_start_and_stay_there(
-    base: str, store: Counting
+    start_model: Start, store: Counting
 ) -> None:
-    model = await start(base, store, adapter_slots=2, pinned_tasks=("mood",))
+    model = await start_model(store, adapter_slots=2, pinned_tasks=("mood",))
     version = store.read("mood").version
-    assert f"mood@{version}" in model.slots.resident
+    assert f"mood@{version}" in model.residents.slots.resident
     for task in ("spam", "topic", "spam"):
         await ask(model, task, store.read(task).version)
-    assert f"mood@{version}" in model.slots.resident
+    assert f"mood@{version}" in model.residents.slots.resident
 
 
 async def test_a_pinned_task_that_is_refused_does_not_stop_the_start(
-    base: str, store: Counting, caplog: pytest.LogCaptureFixture
+    start_model: Start, store: Counting, caplog: pytest.LogCaptureFixture
 ) -> None:
     break_(store, "mood", use_qalora=True)
     with caplog.at_level(logging.INFO, "ray.serve"):
-        model = await start(base, store, pinned_tasks=("mood", "absent", "spam"))
+        model = await start_model(store, pinned_tasks=("mood", "absent", "spam"))
     assert "pinned_tasks: 1 of 3" in caplog.text
     assert "use_qalora" in caplog.text
     await ask(model, "topic", store.read("topic").version)
 
 
 async def test_a_pinned_task_s_new_version_is_the_one_that_stays(
-    base: str, store: Counting, make_adapter: Make
+    served_base: str, start_model: Start, store: Counting, make_adapter: Make
 ) -> None:
-    model = await start(base, store, adapter_slots=2, pinned_tasks=("mood",))
+    model = await start_model(store, adapter_slots=2, pinned_tasks=("mood",))
     old = store.read("mood").version
-    make_adapter(store.root / "mood", base, num_labels=2, seed=9)
+    make_adapter(store.root / "mood", served_base, num_labels=2, seed=9)
     new = store.read("mood").version
     await ask(model, "mood", new)
     for task in ("spam", "topic", "spam"):
         await ask(model, task, store.read(task).version)
-    assert f"mood@{new}" in model.slots.resident
-    assert f"mood@{old}" not in model.slots.resident
+    assert f"mood@{new}" in model.residents.slots.resident
+    assert f"mood@{old}" not in model.residents.slots.resident
 
 
 async def test_a_slot_whose_write_failed_answers_nothing_and_the_replica_is_replaced(

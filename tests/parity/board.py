@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from adapters.directory import Directory
 from adapters.errors import AdapterRefused
-from adapters.store import Store
 from deployments.model.engine import Engine
 from deployments.model.int8 import Int8Linear
 from deployments.rows import Row, Tokens
@@ -42,7 +42,7 @@ class Board:
     answers: dict[int, tuple[list[torch.Tensor], Inputs]] = field(default_factory=dict)
 
     @classmethod
-    def play(cls, base: Base, engine: Engine, store: Store, tasks: Sequence[str]) -> Board:
+    def play(cls, base: Base, engine: Engine, store: Directory, tasks: Sequence[str]) -> Board:
         """Read every adapter, and answer rows of all that were taken in one forward a width."""
         board = cls(engine)
         for slot, task in enumerate(tasks, start=1):

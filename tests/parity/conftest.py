@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from adapters.store import Store
+from adapters.directory import Directory
 from deployments.model.engine import Engine
 from tests.parity.bases import Base
 from tests.parity.board import Board
@@ -36,14 +36,14 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Base, str
 
 
 @pytest.fixture(scope="session")
-def store_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Base], Store]:
+def store_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Base], Directory]:
     """Returns the store that holds the adapters of a base."""
-    return cache(lambda base: Store(tmp_path_factory.mktemp("store")))
+    return cache(lambda base: Directory(tmp_path_factory.mktemp("store")))
 
 
 @pytest.fixture(scope="session")
 def made(
-    base_folder: Callable[[Base, str], str], store_of: Callable[[Base], Store]
+    base_folder: Callable[[Base, str], str], store_of: Callable[[Base], Directory]
 ) -> Callable[[Base, Variant], Made | Exception]:
     """Returns what PEFT saved of a variant, or why it could not."""
 
@@ -64,7 +64,7 @@ def made(
 def board_of(
     request: pytest.FixtureRequest,
     base_folder: Callable[[Base, str], str],
-    store_of: Callable[[Base], Store],
+    store_of: Callable[[Base], Directory],
     made: Callable[[Base, Variant], Made | Exception],
 ) -> Callable[[Cell], Board]:
     """Returns the board that answers a cell: all cells of its engine that this run asks for."""

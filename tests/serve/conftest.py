@@ -4,13 +4,18 @@ Ray is imported inside the fixtures, and its environment set there, so that coll
 changes nothing for tests of others that run in the same process.
 """
 
+import json
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "examples" / "base"
 EXAMPLES = ROOT / "examples" / "store"
 TASKS = ("aspects", "sentiment", "spam", "topic")
+START_S = 120.0  # on a busy machine
+STOP_S = 10.0
 
 
 class MakeAdapter(Protocol):
@@ -113,6 +120,126 @@ class Oracle:
         return PeftModel.from_pretrained(model, folder).eval()
 
 
+class Server:
+    """A started server and everything below it, known by a path in their environments."""
+
+    def __init__(self, home: Path, port: int, free_port: Callable[[], int]) -> None:
+        self.home = home
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = home / "log"
+        # Ports and paths of its own, so that a server that somebody runs here is not disturbed.
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+            "HOME": str(home),
+            "RAY_TMPDIR": str(home),
+            "RAY_AUTH_MODE": "token",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+            "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(home / "h" / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(home / "h" / "admin.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(home / "h"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(home / "h" / "state"),
+        }
+        self.main: subprocess.Popen[bytes] | None = None
+
+    def start(self, *command: str) -> None:
+        # A shell's background job ignores SIGINT, and whatever it starts would inherit that.
+        inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+        with self.log.open("wb") as log:
+            self.main = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=ROOT,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        signal.signal(signal.SIGINT, inherited)
+
+    def wait_until(self, happened: Callable[[], bool]) -> None:
+        assert self.main is not None
+        until_s = time.monotonic() + START_S
+        while not happened():
+            assert self.main.poll() is None, self.log.read_text()
+            assert time.monotonic() < until_s, self.log.read_text()
+            time.sleep(0.1)
+
+    def answers(self) -> bool:
+        try:
+            return httpx2.get(f"{self.url}/v1/tasks").status_code == 200
+        except httpx2.TransportError:
+            return False
+
+    def processes(self) -> dict[int, str]:
+        """Pid -> command line of every process that was started from here and still runs."""
+        mark = str(self.home).encode()
+        found = {}
+        for folder in Path("/proc").iterdir():
+            try:
+                command = (folder / "cmdline").read_bytes() if folder.name.isdigit() else b""
+                if command and mark in command + (folder / "environ").read_bytes():
+                    found[int(folder.name)] = command.replace(b"\0", b" ").decode()
+            except OSError:  # it has ended meanwhile
+                continue
+        return found
+
+    def address(self) -> str:
+        """Ray's, for other processes."""
+        (address,) = set(re.findall(r"--gcs-address=([\w.:]+)", str(self.processes())))
+        return address
+
+    def stop(self, signum: signal.Signals, *, as_terminal: bool) -> float:
+        """Sends a signal, to the whole group if as a terminal does; returns how long it took."""
+        assert self.main is not None
+        started_s = time.monotonic()
+        (os.killpg if as_terminal else os.kill)(self.main.pid, signum)
+        self.main.wait(60)
+        self.wait_until_gone()
+        taken_s = time.monotonic() - started_s
+        print(f"stopped in {taken_s:.1f} s")
+        return taken_s
+
+    def wait_until_gone(self) -> None:
+        """Waits until no process is left, and fails if one stays."""
+        until_s = time.monotonic() + STOP_S
+        while left := self.processes():
+            assert time.monotonic() < until_s, left
+            time.sleep(0.05)
+
+    def ends(self) -> int:
+        """Waits until it has ended by itself, and returns its exit status."""
+        assert self.main is not None
+        status = self.main.wait(START_S)
+        self.wait_until_gone()
+        return status
+
+    def write_config(self, deployments: Sequence[dict[str, Any]] = (), **args: Any) -> str:
+        """Writes a configuration file (JSON is YAML) and returns its path."""
+        path = self.home / "config.yaml"
+        application = {
+            "name": "onebase",
+            "route_prefix": "/",
+            "import_path": "deployments.app:build",
+            "args": {"base_model": "examples/base", **args},
+            "deployments": list(deployments),
+        }
+        config = {
+            "proxy_location": "HeadOnly",
+            "http_options": {"host": "127.0.0.1", "port": self.port},
+            "applications": [application],
+        }
+        path.write_text(json.dumps(config))
+        return str(path)
+
+
 def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -123,6 +250,34 @@ def _free_port() -> int:
 def free_port() -> Callable[[], int]:
     """Returns a TCP port that nobody listens on."""
     return _free_port
+
+
+@contextmanager
+def _a_server() -> Iterator[Server]:
+    # Short, since the paths of Ray's sockets below it must fit the system.
+    home = Path(tempfile.mkdtemp(prefix="onebase-", dir="/tmp"))
+    server = Server(home, _free_port(), _free_port)
+    try:
+        yield server
+    finally:
+        for pid in server.processes():
+            os.kill(pid, signal.SIGKILL)
+        if server.main is not None:
+            server.main.wait(10)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def a_server() -> Callable[[], AbstractContextManager[Server]]:
+    """Makes a server with HAProxy and throughput mode, not started yet, that is killed at last."""
+    return _a_server
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """A server for one test; see `a_server`."""
+    with _a_server() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

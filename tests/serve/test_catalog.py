@@ -155,11 +155,11 @@ def test_an_upload_that_cannot_be_served_leaves_nothing(
     broken = tmp_path / "broken"
     shutil.copytree(made[0], broken)
     config = json.loads((broken / "adapter_config.json").read_bytes())
-    config |= {"base_model_name_or_path": "org/another", "r": 3}
+    config |= {"task_type": "CAUSAL_LM", "r": 3}
     (broken / "adapter_config.json").write_text(json.dumps(config))
-    before = sorted(store.rglob("*"))
-    assert_problem(tasks.upload("broken", broken), 422, "org/another", "rank")
-    assert sorted(store.rglob("*")) == before
+    before = sorted(path for path in store.rglob("*") if path.is_file())
+    assert_problem(tasks.upload("broken", broken), 422, "CAUSAL_LM", "task_type")
+    assert sorted(path for path in store.rglob("*") if path.is_file()) == before
     assert tasks.call("GET", "tasks/broken").status_code == 404
 
 
@@ -317,9 +317,13 @@ def test_every_change_is_in_the_history(tasks: Tasks, named: Any) -> None:
 
 
 def test_residency_says_who_holds_what(tasks: Tasks, named: Any) -> None:
-    name, (first, _) = named(2)
+    name, (first, second) = named(2)
     told = tasks.call("GET", "residency?limit=1000").json()
-    assert len(told["replicas"]) == 2
-    mine = [one for one in told["versions"] if one["task"] == name and one["version"] == first]
-    assert [one["where"] for one in mine] == ["slot", "slot"]
-    assert {one["replica"] for one in mine} == {one["replica"] for one in told["replicas"]}
+    replicas = {one["replica"] for one in told["replicas"]}
+    assert len(replicas) == 2
+    (held,) = [one for one in told["versions"] if (one["task"], one["version"]) == (name, first)]
+    assert {name: one["where"] for name, one in held["replicas"].items()} == dict.fromkeys(
+        replicas, "slot"
+    )
+    others = [one["version"] for one in told["versions"] if one["task"] == name]
+    assert second not in others, "it was checked, and then kept nowhere"

@@ -1,16 +1,8 @@
 """Both ways to start, as real processes with HAProxy and throughput mode, and how they end."""
 
 import ast
-import json
-import os
-import re
 import shutil
 import signal
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +10,6 @@ import httpx2
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-START_S = 120.0  # on a busy machine
 STOP_S = 10.0
 TEXTS = ["I absolutely loved this product!"]
 
@@ -34,141 +25,7 @@ cli()
 """
 
 
-class Server:
-    """A started server and everything below it, known by a path in their environments."""
-
-    def __init__(self, home: Path, port: int, free_port: Callable[[], int]) -> None:
-        self.home = home
-        self.port = port
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = home / "log"
-        # Ports and paths of its own, so that a server that somebody runs here is not disturbed.
-        self.environment = {
-            **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
-            "HOME": str(home),
-            "RAY_TMPDIR": str(home),
-            "RAY_AUTH_MODE": "token",
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_SERVE_ENABLE_HA_PROXY": "1",
-            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
-            "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
-            "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
-            "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
-            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(home / "h" / "haproxy.cfg"),
-            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(home / "h" / "admin.sock"),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(home / "h"),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(home / "h" / "state"),
-        }
-        self.main: subprocess.Popen[bytes] | None = None
-
-    def start(self, *command: str) -> None:
-        # A shell's background job ignores SIGINT, and whatever it starts would inherit that.
-        inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
-        with self.log.open("wb") as log:
-            self.main = subprocess.Popen(
-                [sys.executable, *command],
-                cwd=ROOT,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        signal.signal(signal.SIGINT, inherited)
-
-    def wait_until(self, happened: Callable[[], bool]) -> None:
-        assert self.main is not None
-        until_s = time.monotonic() + START_S
-        while not happened():
-            assert self.main.poll() is None, self.log.read_text()
-            assert time.monotonic() < until_s, self.log.read_text()
-            time.sleep(0.1)
-
-    def answers(self) -> bool:
-        try:
-            return httpx2.get(f"{self.url}/v1/tasks").status_code == 200
-        except httpx2.TransportError:
-            return False
-
-    def processes(self) -> dict[int, str]:
-        """Pid -> command line of every process that was started from here and still runs."""
-        mark = str(self.home).encode()
-        found = {}
-        for folder in Path("/proc").iterdir():
-            try:
-                command = (folder / "cmdline").read_bytes() if folder.name.isdigit() else b""
-                if command and mark in command + (folder / "environ").read_bytes():
-                    found[int(folder.name)] = command.replace(b"\0", b" ").decode()
-            except OSError:  # it has ended meanwhile
-                continue
-        return found
-
-    def address(self) -> str:
-        """Ray's, for other processes."""
-        (address,) = set(re.findall(r"--gcs-address=([\w.:]+)", str(self.processes())))
-        return address
-
-    def stop(self, signum: signal.Signals, *, as_terminal: bool) -> float:
-        """Sends a signal, to the whole group if as a terminal does; returns how long it took."""
-        assert self.main is not None
-        started_s = time.monotonic()
-        (os.killpg if as_terminal else os.kill)(self.main.pid, signum)
-        self.main.wait(60)
-        self.wait_until_gone()
-        taken_s = time.monotonic() - started_s
-        print(f"stopped in {taken_s:.1f} s")
-        return taken_s
-
-    def wait_until_gone(self) -> None:
-        """Waits until no process is left, and fails if one stays."""
-        until_s = time.monotonic() + STOP_S
-        while left := self.processes():
-            assert time.monotonic() < until_s, left
-            time.sleep(0.05)
-
-    def ends(self) -> int:
-        """Waits until it has ended by itself, and returns its exit status."""
-        assert self.main is not None
-        status = self.main.wait(START_S)
-        self.wait_until_gone()
-        return status
-
-
-@pytest.fixture
-def server(free_port: Callable[[], int]) -> Iterator[Server]:
-    # Short, since the paths of Ray's sockets below it must fit the system.
-    home = Path(tempfile.mkdtemp(prefix="onebase-", dir="/tmp"))
-    server = Server(home, free_port(), free_port)
-    yield server
-    for pid in server.processes():
-        os.kill(pid, signal.SIGKILL)
-    if server.main is not None:
-        server.main.wait(10)
-    shutil.rmtree(home, ignore_errors=True)
-
-
-def write_config(server: Server, **args: Any) -> str:
-    """Writes a configuration file (JSON is YAML) and returns its path."""
-    path = server.home / "config.yaml"
-    config = {
-        "proxy_location": "HeadOnly",
-        "http_options": {"host": "127.0.0.1", "port": server.port},
-        "applications": [
-            {
-                "name": "onebase",
-                "route_prefix": "/",
-                "import_path": "deployments.app:build",
-                "args": {"base_model": "examples/base", **args},
-            }
-        ],
-    }
-    path.write_text(json.dumps(config))
-    return str(path)
-
-
-def ask(server: Server, task: str) -> dict[str, Any]:
+def ask(server: Any, task: str) -> dict[str, Any]:
     response = httpx2.post(
         f"{server.url}/v1/tasks/{task}/predict",
         json={"texts": TEXTS, "return_scores": True},
@@ -178,7 +35,7 @@ def ask(server: Server, task: str) -> dict[str, Any]:
     return response.json()
 
 
-def assert_the_handle_answers(server: Server, run_example: Any) -> None:
+def assert_the_handle_answers(server: Any, run_example: Any) -> None:
     secrets = {k: server.environment[k] for k in ("HOME", "RAY_AUTH_MODE")}
     done = run_example(server.home, server.address(), "spam", *TEXTS, **secrets)
     assert done.returncode == 0, done.stderr
@@ -195,7 +52,7 @@ def store(examples: Path, make_adapter: Any, tmp_path: Path) -> Path:
 
 
 def test_serve_run_takes_typed_arguments_and_ends_with_ctrl_c(
-    server: Server, store: Path, oracle: Any, run_example: Any
+    server: Any, store: Path, oracle: Any, run_example: Any
 ) -> None:
     server.start(
         "-c", SERVE_RUN, str(server.port), "run", "deployments.app:build", "--name", "onebase",
@@ -217,10 +74,10 @@ def test_serve_run_takes_typed_arguments_and_ends_with_ctrl_c(
 
 
 def test_a_configuration_file_is_served_until_sigterm(
-    server: Server, examples: Path, oracle: Any, run_example: Any
+    server: Any, examples: Path, oracle: Any, run_example: Any
 ) -> None:
-    config = write_config(
-        server, adapter_store=str(examples), quantization="none", default_task="topic"
+    config = server.write_config(
+        adapter_store=str(examples), quantization="none", default_task="topic"
     )
     server.start("-m", "deployments", config)
     server.wait_until(lambda: "ready" in server.log.read_text())
@@ -247,9 +104,9 @@ def test_a_configuration_file_is_served_until_sigterm(
     ],
 )
 def test_ctrl_c_during_the_start_leaves_nothing_behind(
-    server: Server, examples: Path, stage: str, count: int
+    server: Any, examples: Path, stage: str, count: int
 ) -> None:
-    server.start("-m", "deployments", write_config(server, adapter_store=str(examples)))
+    server.start("-m", "deployments", server.write_config(adapter_store=str(examples)))
     server.wait_until(lambda: str(server.processes()).count(stage) >= count)
     taken_s = server.stop(signal.SIGINT, as_terminal=True)
     assert taken_s < STOP_S, server.log.read_text()
@@ -261,24 +118,24 @@ def test_ctrl_c_during_the_start_leaves_nothing_behind(
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("as_terminal", [True, False])
 def test_a_configuration_file_is_served_until_any_signal(
-    server: Server, examples: Path, signum: signal.Signals, as_terminal: bool
+    server: Any, examples: Path, signum: signal.Signals, as_terminal: bool
 ) -> None:
-    server.start("-m", "deployments", write_config(server, adapter_store=str(examples)))
+    server.start("-m", "deployments", server.write_config(adapter_store=str(examples)))
     server.wait_until(lambda: "ready" in server.log.read_text())
     taken_s = server.stop(signum, as_terminal=as_terminal)
     assert taken_s < STOP_S, server.log.read_text()
 
 
 @pytest.mark.slow  # as above, but for the signal
-def test_nothing_is_left_behind_when_the_launcher_is_killed(server: Server, examples: Path) -> None:
-    server.start("-m", "deployments", write_config(server, adapter_store=str(examples)))
+def test_nothing_is_left_behind_when_the_launcher_is_killed(server: Any, examples: Path) -> None:
+    server.start("-m", "deployments", server.write_config(adapter_store=str(examples)))
     server.wait_until(lambda: "ready" in server.log.read_text())
     taken_s = server.stop(signal.SIGKILL, as_terminal=False)
     assert taken_s < STOP_S, server.log.read_text()
 
 
 @pytest.mark.slow  # as above, but for the signal
-def test_serve_run_ends_with_sigterm(server: Server, examples: Path) -> None:
+def test_serve_run_ends_with_sigterm(server: Any, examples: Path) -> None:
     server.start(
         "-c", SERVE_RUN, str(server.port), "run", "deployments.app:build", "--name", "onebase",
         "base_model=examples/base", f"adapter_store={examples}", "quantization=none",
@@ -304,9 +161,9 @@ def test_serve_run_ends_with_sigterm(server: Server, examples: Path) -> None:
     ids=["unknown-key-and-wrong-value", "no-store", "no-base"],
 )
 def test_a_wrong_configuration_ends_the_start_with_one_sentence(
-    server: Server, args: dict[str, Any], words: list[str]
+    server: Any, args: dict[str, Any], words: list[str]
 ) -> None:
-    config = write_config(server, **{"adapter_store": "examples/store", **args})
+    config = server.write_config(**{"adapter_store": "examples/store", **args})
     server.start("-m", "deployments", config)
     assert server.ends() == 1
     (sentence,) = server.log.read_text().splitlines()
@@ -316,8 +173,8 @@ def test_a_wrong_configuration_ends_the_start_with_one_sentence(
 
 
 @pytest.mark.slow  # the base of another name is tried three times
-def test_a_base_that_cannot_be_had_ends_the_start_with_one_sentence(server: Server) -> None:
-    config = write_config(server, adapter_store="examples/store", base_model="nobody/no-such-base")
+def test_a_base_that_cannot_be_had_ends_the_start_with_one_sentence(server: Any) -> None:
+    config = server.write_config(adapter_store="examples/store", base_model="nobody/no-such-base")
     server.start("-m", "deployments", config)
     assert server.ends() == 1
     sentences = [
@@ -328,7 +185,7 @@ def test_a_base_that_cannot_be_had_ends_the_start_with_one_sentence(server: Serv
     assert "Traceback" not in server.log.read_text()
 
 
-def test_serve_run_names_a_wrong_key(server: Server) -> None:
+def test_serve_run_names_a_wrong_key(server: Any) -> None:
     server.start(
         "-c", SERVE_RUN, str(server.port), "run", "deployments.app:build",
         "base_model=examples/base", "adapter_store=examples/store", "adapter_slot=3",

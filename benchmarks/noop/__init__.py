@@ -1,0 +1,1 @@
+"""The application without its forward, and without the way to it: what serving alone takes."""

@@ -1,0 +1,108 @@
+"""The other deployments as the catalog asks them, over Ray Serve's handles."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from deployments.errors import NotReady
+from deployments.rows import Facts
+
+# How long a change waits for the ingresses before it is answered all the same.
+_REACH_S = 5.0
+# How long a model replica may take to load a version.
+_MODEL_S = 60.0
+
+
+class Others:
+    """Model replicas and ingresses, reached over handles; an `effects.Effects`."""
+
+    def __init__(self, model: DeploymentHandle[Any]) -> None:
+        """Take the model's handle; the ingress, which has ours, is found by its name."""
+        self._model = model
+        self._app = serve.get_replica_context().app_name
+        self._found: DeploymentHandle[Any] | None = None
+
+    async def check(self, task: str, staging: str | None, rules: dict[str, Any]) -> Facts:
+        """Have a model replica validate files as a load would."""
+        facts: Facts = await _ask(lambda: self._model.check.remote(task, staging, rules))
+        return facts
+
+    async def describe(self, task: str, version: str, rules: dict[str, Any]) -> Facts:
+        """Have a model replica validate a version."""
+        facts: Facts = await _ask(lambda: self._model.describe.remote(task, version, rules))
+        return facts
+
+    async def warm(self, task: str, version: str) -> None:
+        """Bring a version into a slot of every model replica."""
+        for answer in await self._everywhere(self._model, "warm", _MODEL_S, task, version):
+            if isinstance(answer, BaseException) and not _is_lost(answer):
+                raise _plain(answer)
+
+    async def golden(self, task: str, version: str, rules: dict[str, Any]) -> list[str]:
+        """Have an ingress run a version's golden answers."""
+        problems: list[str] = await _ask(
+            lambda: self._ingress.try_golden.remote(task, version, rules)
+        )
+        return problems
+
+    async def reach(self, revision: int, wait_s: float = _REACH_S) -> list[str]:
+        """Wait until every ingress that Serve counts as running holds a revision."""
+        try:
+            told = await self._everywhere(self._ingress, "reach", wait_s + 1.0, revision, wait_s)
+        except NotReady:
+            return []  # no ingress runs: nobody can be answered by an old one
+        except TimeoutError:
+            return ["an ingress that does not answer"]
+        return [name for name in told if isinstance(name, str)]
+
+    @property
+    def _ingress(self) -> DeploymentHandle[Any]:
+        if self._found is None:
+            self._found = serve.get_deployment_handle("Ingress", self._app)
+        return self._found
+
+    async def _everywhere(
+        self, handle: DeploymentHandle[Any], method: str, wait_s: float, *args: Any
+    ) -> list[Any]:
+        """Ask all running replicas; what one of them raises stands in the place of its answer."""
+        try:
+            asked = handle.broadcast(method, *args)
+            answers: list[Any] = await asked.results_async(timeout_s=wait_s, return_exceptions=True)
+        except DeploymentUnavailableError:
+            raise NotReady(f"no replica of {handle.deployment_name} is running") from None
+        return answers
+
+
+async def _ask(call: Callable[[], Awaitable[Any]]) -> Any:
+    """Ask one replica, and once more if it is lost under the call."""
+    for attempt in (1, 2):
+        try:
+            return await asyncio.wait_for(_awaited(call), _MODEL_S)
+        except (BackPressureError, DeploymentUnavailableError, TimeoutError):
+            raise NotReady("no replica could be asked; try again in a second") from None
+        except RayActorError:
+            if attempt == 2:
+                raise NotReady("the replica was lost; try again in a second") from None
+        except RayTaskError as error:
+            raise _plain(error) from None
+
+
+async def _awaited(call: Callable[[], Awaitable[Any]]) -> Any:
+    return await call()
+
+
+def _plain(error: BaseException) -> BaseException:
+    """Return what a replica raised, without Ray's traceback around it."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, BaseException) else error
+
+
+def _is_lost(answer: BaseException) -> bool:
+    return isinstance(answer, RayActorError)

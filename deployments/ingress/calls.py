@@ -1,0 +1,54 @@
+"""How the model is asked for a request's rows: in calls of which none is too large."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from typing import Protocol
+
+from adapters.rules import ProblemType
+from deployments.rows import Facts
+from deployments.tokens import Encoded
+
+# Of one handle call: its messages are capped at 4 MB in throughput mode, both ways.
+_MAX_CALL_TOKENS = 2**18
+_MAX_CALL_SCORES = 2**18
+
+Answers = list[list[float] | list[list[float]] | str]
+Encodings = list[tuple[list[int], list[int] | None]]
+
+
+class AskModel(Protocol):
+    """How a model replica is asked; see `deployments.model.deployment.Model.predict`."""
+
+    def __call__(
+        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings
+    ) -> Awaitable[Answers]:
+        """Answer inputs of one task and version."""
+
+
+async def answer_rows(ask: AskModel, facts: Facts, rows: Sequence[Encoded]) -> Answers:
+    """Ask the model, in several calls if one would be too large."""
+    parts = await asyncio.gather(
+        *(
+            ask(facts["task"], facts["version"], facts["problem_type"], part)
+            for part in _parts(facts, rows)
+        )
+    )
+    return [answer for part in parts for answer in part]
+
+
+def _parts(facts: Facts, rows: Sequence[Encoded]) -> list[Encodings]:
+    """Part rows into calls of which none is too large, nor its answer."""
+    calls: list[Encodings] = []
+    num_tokens = num_scores = 0
+    of_tokens = facts["problem_type"] == "token_classification"
+    for row in rows:
+        length = len(row.tokens.ids)
+        scores = len(facts["labels"]) * (length if of_tokens else 1)
+        num_tokens, num_scores = num_tokens + length, num_scores + scores
+        if not calls or num_tokens > _MAX_CALL_TOKENS or num_scores > _MAX_CALL_SCORES:
+            calls.append([])
+            num_tokens, num_scores = length, scores
+        calls[-1].append((row.tokens.ids, row.tokens.type_ids))
+    return calls

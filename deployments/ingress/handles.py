@@ -1,0 +1,168 @@
+"""The other deployments as the ingress asks them, over Ray Serve's handles."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+import orjson
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from adapters.rules import ProblemType
+from deployments.errors import BatchLoopDied, NotReady
+from deployments.ingress.calls import Answers, Encodings
+from deployments.ingress.changes import CatalogLost
+from deployments.rows import Facts
+from deployments.tokens import Vocabulary
+
+T = TypeVar("T")
+
+# A change may fetch, check and warm a version first; reading is from memory.
+_CHANGE_S, _READ_S = 300.0, 5.0
+_AWAY = "the catalog is being started again; try again in a few seconds"
+
+
+class ModelHandle:
+    """The model replicas."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        """Take Serve's handle."""
+        self._handle = handle
+
+    async def vocabulary(self) -> Vocabulary:
+        """Return the base's tokenizer; see `deployments.tokens.Tokenizer`."""
+        pages: list[bytes] = []
+        while page := await self._handle.vocabulary_page.remote(len(pages)):
+            pages.append(page)
+        vocabulary: Vocabulary = orjson.loads(zlib.decompress(b"".join(pages)))
+        return vocabulary
+
+    async def describe(
+        self, task: str, version: str | None = None, rules: dict[str, Any] | None = None
+    ) -> Facts:
+        """Ask what a version, or with None a task's plain folder, is."""
+        facts: Facts = await _reach(lambda: self._handle.describe.remote(task, version, rules))
+        return facts
+
+    async def predict(
+        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings
+    ) -> Answers:
+        """Have inputs answered."""
+        answers: Answers = await _reach(
+            lambda: self._handle.predict.remote(task, version, problem_type, inputs)
+        )
+        return answers
+
+    async def residency(self, after: str, limit: int) -> list[dict[str, Any]]:
+        """Ask all replicas what they hold; one that is lost meanwhile is left out."""
+        try:
+            asked = self._handle.broadcast("residency", after, limit)
+            answers = await asked.results_async(timeout_s=_READ_S, return_exceptions=True)
+        except (DeploymentUnavailableError, TimeoutError):
+            raise NotReady("no model replica answers; try again in a second") from None
+        return [answer for answer in answers if isinstance(answer, dict)]
+
+
+class CatalogHandle:
+    """The catalog's one replica; a `changes.Catalog`."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        """Take Serve's handle."""
+        self._handle = handle
+        self.is_away: Callable[[], bool] = lambda: False
+
+    async def poll(self, watcher: str, revision: int, after: str) -> dict[str, Any]:
+        """Wait for news; see `deployments.catalog.feed.Feed.page`."""
+        page: dict[str, Any] = await self._handle.poll.remote(watcher, revision, after)
+        return page
+
+    async def publish(self, task: str, staging: str, **given: Any) -> dict[str, Any]:
+        """See `changes.Catalog.publish`."""
+        return await self._change(lambda: self._handle.publish.remote(task, staging, **given))
+
+    async def patch(self, task: str, patch: Mapping[str, Any], **given: Any) -> dict[str, Any]:
+        """See `changes.Catalog.patch`."""
+        return await self._change(lambda: self._handle.patch.remote(task, dict(patch), **given))
+
+    async def rollback(self, task: str, **given: Any) -> dict[str, Any]:
+        """See `changes.Catalog.rollback`."""
+        return await self._change(lambda: self._handle.rollback.remote(task, **given))
+
+    async def delete(self, task: str, version: str | None, **given: Any) -> dict[str, Any]:
+        """See `changes.Catalog.delete`."""
+        return await self._change(lambda: self._handle.delete.remote(task, version, **given))
+
+    async def revision(self, n: int) -> dict[str, Any]:
+        """See `changes.Catalog.revision`."""
+        answer: dict[str, Any] = await self._read(lambda: self._handle.revision.remote(n))
+        return answer
+
+    async def history(
+        self, task: str | None, before: int | None, limit: int
+    ) -> list[dict[str, Any]]:
+        """See `changes.Catalog.history`."""
+        answer: list[dict[str, Any]] = await self._read(
+            lambda: self._handle.history.remote(task, before, limit)
+        )
+        return answer
+
+    async def report(self, watcher: str, counted: list[dict[str, Any]]) -> None:
+        """Tell what was counted since the last time."""
+        await self._read(lambda: self._handle.report.remote(watcher, counted))
+
+    async def usage(self, tasks: list[str]) -> dict[str, dict[str, Any]] | None:
+        """Ask what was counted of tasks, by version; None if the catalog is away."""
+        try:
+            told: dict[str, Any] = await self._read(lambda: self._handle.usage.remote(tasks))
+        except NotReady:
+            return None
+        return told
+
+    async def _read(self, call: Callable[[], Awaitable[T]]) -> T:
+        try:
+            return await self._ask(call, _READ_S)
+        except (RayActorError, TimeoutError):
+            raise NotReady(_AWAY) from None
+
+    async def _change(self, call: Callable[[], Awaitable[T]]) -> T:
+        try:
+            return await self._ask(call, _CHANGE_S)
+        except (RayActorError, TimeoutError):
+            raise CatalogLost(
+                "the catalog was lost while it worked on this change, which may have been made "
+                "or not; read the task again"
+            ) from None
+
+    async def _ask(self, call: Callable[[], Awaitable[T]], wait_s: float) -> T:
+        if self.is_away():  # a call would wait for a replica that is being started
+            raise NotReady(_AWAY)
+        try:
+            return await asyncio.wait_for(_awaited(call), wait_s)
+        except (BackPressureError, DeploymentUnavailableError):
+            raise NotReady(_AWAY) from None
+
+
+async def _awaited(call: Callable[[], Awaitable[T]]) -> T:
+    return await call()
+
+
+async def _reach(call: Callable[[], Awaitable[T]]) -> T:
+    """Make a handle call; when its replica dies under it, once more elsewhere.
+
+    Classification may be repeated, and Serve does not retry what a replica had accepted.
+    """
+    for attempt in (1, 2):
+        try:
+            return await call()
+        except BackPressureError:
+            raise NotReady("the model's queue is full; try again in a second") from None
+        except DeploymentUnavailableError:
+            raise NotReady("no model replica is running") from None
+        except (RayActorError, BatchLoopDied):
+            if attempt == 2:
+                raise NotReady("the model replica was lost; try again in a second") from None
+    raise AssertionError("the last attempt returns or raises")

@@ -1,0 +1,77 @@
+"""A request through one version: its rules, tokens, and the model."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from deployments.ingress.calls import AskModel, answer_rows
+from deployments.ingress.inputs import encode, to_inputs
+from deployments.ingress.results import Run
+from deployments.ingress.wire import PredictRequest
+from deployments.rows import Facts
+from deployments.tokens import Tokenizer
+
+# Requests that are tokenised at a time: one is a core's work, and a large one lets small ones pass.
+_ENCODERS = 2
+# What decides how a text becomes tokens. Two versions that agree in it read the same ones.
+_READING = ("max_length", "truncation", "stride", "pair")
+
+
+class Runs:
+    """Takes requests through versions whose facts are known."""
+
+    def __init__(self, tokenizer: Tokenizer, ask: AskModel, max_rows: int) -> None:
+        """Take the base's tokenizer, who reaches a replica, and the most windows a request."""
+        self._tokenizer = tokenizer
+        self._ask = ask
+        self._max_rows = max_rows
+        # Of its own, so that looks at a slow store keep no text waiting.
+        self._encoders = ThreadPoolExecutor(_ENCODERS, "encode")
+        # What nobody waits for, one at a time.
+        self._unhurried = ThreadPoolExecutor(1, "encode-shadow")
+
+    async def run(self, facts: Facts, request: PredictRequest) -> Run:
+        """Ask a version.
+
+        Raises:
+            RequestError: The request cannot be answered.
+            AdapterError: The version cannot be had.
+        """
+        inputs = to_inputs(facts, request)
+        started_s = time.perf_counter()
+        encoded = await asyncio.get_running_loop().run_in_executor(
+            self._encoders, encode, self._tokenizer, facts, inputs, self._max_rows
+        )
+        encoded_s = time.perf_counter()
+        rows = [row for windows in encoded if not isinstance(windows, str) for row in windows]
+        answers = await answer_rows(self._ask, facts, rows)
+        answered_s = time.perf_counter()
+        return Run(
+            facts, request, inputs, encoded, answers, encoded_s - started_s, answered_s - encoded_s
+        )
+
+    async def run_again(self, facts: Facts, run: Run, max_rows: int) -> Run | None:
+        """Ask another version the same, in no hurry; None if it would be more windows than that.
+
+        Raises:
+            RequestError: The request does not fit this version.
+            AdapterError: The version cannot be had.
+        """
+        inputs, encoded = run.inputs, run.encoded
+        if not _read_alike(facts, run.facts):
+            inputs = to_inputs(facts, run.request)
+            encoded = await asyncio.get_running_loop().run_in_executor(
+                self._unhurried, encode, self._tokenizer, facts, inputs, self._max_rows
+            )
+        rows = [row for windows in encoded if not isinstance(windows, str) for row in windows]
+        if len(rows) > max_rows:
+            return None
+        answers = await answer_rows(self._ask, facts, rows)
+        return Run(facts, run.request, inputs, encoded, answers, 0.0, 0.0)
+
+
+def _read_alike(one: Facts, other: Facts) -> bool:
+    of_tokens = [facts["problem_type"] == "token_classification" for facts in (one, other)]
+    return of_tokens[0] == of_tokens[1] and all(one[key] == other[key] for key in _READING)  # type: ignore[literal-required]

@@ -1,0 +1,365 @@
+"""Changes over a real store and a real journal; the replicas are one that computes nothing."""
+
+import asyncio
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.directory import Directory
+from adapters.documents import open_documents
+from adapters.errors import AdapterRefused, TaskNotFound
+from adapters.store import CONFIG, WEIGHTS
+from deployments.catalog.adoption import Adoption
+from deployments.catalog.changes import Changes
+from deployments.catalog.ledger import Ledger
+from deployments.catalog.upkeep import Upkeep
+from deployments.catalog.usage import UsageSums
+from deployments.catalog.writer import Writer
+from deployments.errors import BadInput, Conflict, NotReady, Stale
+from deployments.snapshot import TaskPatch, TaskRecord
+
+
+class Replicas:
+    """What the catalog asks of others, written down; a version is bad if its config says so."""
+
+    def __init__(self, store: Directory) -> None:
+        self.store = store
+        self.asked: list[tuple[Any, ...]] = []
+        self.problems: list[str] = []
+        self.waiting_for: list[str] = []
+        self.meanwhile: Callable[[], Any] | None = None
+
+    async def check(self, task: str, staging: str | None, rules: dict[str, Any]) -> Any:
+        self.asked.append(("check", task, staging is None))
+        read = self.store.read if staging is None else self.store.read_staged
+        files = read(task) if staging is None else read(staging, task)
+        if b"bad" in files.contents[CONFIG]:
+            raise AdapterRefused(task, ["its config is bad", "its weights are worse"])
+        return {"version": files.version}
+
+    async def describe(self, task: str, version: str, rules: dict[str, Any]) -> Any:
+        self.asked.append(("describe", task, version, rules))
+        if rules.get("labels") == ["wrong"]:
+            raise AdapterRefused(task, ["1 label is named, the head has 2"])
+        return {"version": self.store.read(task, version).version}
+
+    async def warm(self, task: str, version: str) -> None:
+        self.asked.append(("warm", task, version))
+        if self.meanwhile is not None:
+            meanwhile, self.meanwhile = self.meanwhile, None
+            await meanwhile()
+
+    async def golden(self, task: str, version: str, rules: dict[str, Any]) -> list[str]:
+        self.asked.append(("golden", task, version))
+        return self.problems
+
+    async def reach(self, revision: int) -> list[str]:
+        self.asked.append(("reach", revision))
+        return self.waiting_for
+
+
+class World:
+    """A catalog without Ray over a directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.store = Directory(root)
+        self.writer = Writer(open_documents(str(root)))
+        self.writer.refresh()
+        self.usage = UsageSums()
+        self.ledger = Ledger(self.writer, self.usage)
+        self.replicas = Replicas(self.store)
+        self.adoption = Adoption(self.ledger, self.store, self.replicas)
+        self.changes = Changes(self.ledger, self.store, self.replicas, self.adoption)
+        self.upkeep = Upkeep(self.ledger, self.usage, self.store, self.adoption)
+
+    def stage(self, number: int, config: str = "{}") -> str:
+        return self.store.stage(
+            {CONFIG: io.BytesIO(config.encode()), WEIGHTS: io.BytesIO(content(number))}
+        )
+
+    async def publish(self, number: int, **given: Any) -> dict[str, Any]:
+        options = {"source": "upload", "by": "us", "activate": False, "if_match": None, **given}
+        config = options.pop("config", "{}")
+        return await self.changes.publish("mood", self.stage(number, config), **options)
+
+    async def patch(self, if_match: int | None = None, **patch: Any) -> dict[str, Any]:
+        return await self.changes.patch(
+            "mood", TaskPatch.model_validate(patch), by="us", if_match=if_match
+        )
+
+    @property
+    def record(self) -> TaskRecord:
+        """As a catalog that starts now finds it."""
+        return Writer(open_documents(str(self.root))).refresh().tasks["mood"]
+
+    def files(self) -> list[str]:
+        """All that lies in the store but for the catalog's own."""
+        paths = (path.relative_to(self.root) for path in self.root.rglob("*") if path.is_file())
+        return sorted(str(path) for path in paths if path.parts[0] != "catalog")
+
+    def drop(self, task: str, number: int, version: str = "") -> Path:
+        folder = self.root / task / version
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text("{}")
+        (folder / WEIGHTS).write_bytes(content(number))
+        return folder
+
+
+def content(number: int) -> bytes:
+    """An empty safetensors file; another number makes another version."""
+    header = b'{"__metadata__":{"n":"%d"}}' % number
+    return len(header).to_bytes(8, "little") + header
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> World:
+    return World(tmp_path / "store")
+
+
+async def test_the_first_version_is_warmed_tried_written_and_told(world: World) -> None:
+    told = await world.publish(1)
+    version = told["version"]
+    assert told == {
+        "task": "mood", "version": version, "revision": 1, "etag": 1,
+        "everywhere": True, "created": True,
+    }  # fmt: skip
+    assert world.record.active == version
+    assert world.files() == [f"mood/{version}/{CONFIG}", f"mood/{version}/{WEIGHTS}"]
+    assert world.replicas.asked == [
+        ("check", "mood", False),
+        ("describe", "mood", version, {}),
+        ("warm", "mood", version),
+        ("golden", "mood", version),
+        ("reach", 1),
+    ]
+
+
+async def test_a_later_version_waits_until_it_is_told(world: World) -> None:
+    first = (await world.publish(1))["version"]
+    second = (await world.publish(2))["version"]
+    assert world.record.active == first
+    assert ("warm", "mood", second) not in world.replicas.asked
+    await world.patch(active=second)
+    assert world.record.active == second
+    assert world.replicas.asked[-3:] == [
+        ("warm", "mood", second), ("golden", "mood", second), ("reach", 3),
+    ]  # fmt: skip
+
+
+async def test_the_same_content_is_the_same_version(world: World) -> None:
+    first = await world.publish(1)
+    again = await world.publish(1)
+    assert (again["version"], again["created"]) == (first["version"], False)
+    assert len(world.files()) == 2
+    assert world.record.revision == 1
+
+
+@pytest.mark.parametrize("wrong", ["check", "golden", "stale"])
+async def test_what_is_refused_leaves_nothing(world: World, wrong: str) -> None:
+    if wrong == "check":
+        with pytest.raises(BadInput, match=r"config is bad.*weights are worse"):
+            await world.publish(1, config='{"bad": 1}')
+    elif wrong == "golden":
+        world.replicas.problems = ["line 3 misses by 0.5"]
+        with pytest.raises(BadInput, match="line 3 misses"):
+            await world.publish(1)
+    else:
+        with pytest.raises(Stale):
+            await world.publish(1, if_match=7)
+    assert world.files() == []
+    with pytest.raises(KeyError):
+        _ = world.record
+
+
+async def test_rules_are_checked_against_all_versions_in_use(world: World) -> None:
+    first = (await world.publish(1))["version"]
+    second = (await world.publish(2))["version"]
+    await world.patch(traffic={second: 0.5})
+    world.replicas.asked.clear()
+    await world.patch(rules={"threshold": 0.5})
+    asked = {one[2] for one in world.replicas.asked if one[0] == "describe"}
+    assert asked == {first, second}
+    with pytest.raises(BadInput, match="the head has 2"):
+        await world.patch(rules={"labels": ["wrong"]})
+    assert world.record.rules == {"threshold": 0.5}
+
+
+async def test_a_change_that_was_overtaken_is_made_ready_anew(world: World) -> None:
+    first = (await world.publish(1))["version"]
+    second = (await world.publish(2))["version"]
+    world.replicas.meanwhile = lambda: world.patch(rules={"threshold": 0.5})
+    await world.patch(active=second)
+    described = [one for one in world.replicas.asked if one[:3] == ("describe", "mood", second)]
+    assert [one[3] for one in described] == [{}, {"threshold": 0.5}]
+    assert world.record.active == second
+    world.replicas.meanwhile = lambda: world.patch(rules={"threshold": 0.7})
+    with pytest.raises(Stale):
+        await world.patch(if_match=world.record.revision, active=first)
+    assert world.record.active == second
+
+
+async def test_a_rollback_asks_for_no_golden_answers(world: World) -> None:
+    first = (await world.publish(1))["version"]
+    second = (await world.publish(2, activate=True))["version"]
+    assert world.record.active == second
+    world.replicas.problems = ["line 1 misses"]
+    await world.changes.rollback("mood", by="us", if_match=None)
+    assert world.record.active == first
+    assert world.replicas.asked[-2:] == [("warm", "mood", first), ("reach", 3)]
+
+
+async def test_those_who_do_not_know_in_time_are_named(world: World) -> None:
+    world.replicas.waiting_for = ["ingress-1"]
+    assert (await world.publish(1))["everywhere"] is False
+
+
+async def test_the_first_change_takes_a_plain_folder_in(world: World) -> None:
+    world.drop("mood", 1)
+    version = world.store.read("mood").version
+    told = await world.patch(if_match=0, pinned=True)
+    assert told["revision"] == 2
+    assert world.record.active == world.record.folder == version
+    assert world.record.pinned
+    assert world.store.read("mood", version).contents == world.store.read("mood").contents
+    with pytest.raises(Stale):
+        await world.patch(if_match=0, pinned=False)
+
+
+async def test_an_upload_beside_a_plain_folder_does_not_take_its_place(world: World) -> None:
+    world.drop("mood", 1)
+    answering = world.store.read("mood").version
+    uploaded = (await world.publish(2))["version"]
+    assert world.record.active == answering
+    assert set(world.record.versions) == {answering, uploaded}
+
+
+async def test_no_folder_and_no_record_is_no_task(world: World) -> None:
+    with pytest.raises(TaskNotFound):
+        await world.patch(pinned=True)
+    with pytest.raises(TaskNotFound):
+        await world.changes.delete("mood", None, by="us", if_match=None)
+
+
+async def test_a_version_in_use_is_not_deleted_and_another_goes_with_its_files(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.catalog.upkeep._GRACE_S", 0.0)
+    first = (await world.publish(1))["version"]
+    second = (await world.publish(2))["version"]
+    with pytest.raises(Conflict, match="active"):
+        await world.changes.delete("mood", first, by="us", if_match=None)
+    await world.changes.delete("mood", second, by="us", if_match=None)
+    assert world.record.doomed == (second,)
+    with pytest.raises(NotReady, match="being deleted"):
+        await world.publish(2)
+    await world.upkeep._purge()
+    assert world.record.doomed == ()
+    assert world.files() == [f"mood/{first}/{CONFIG}", f"mood/{first}/{WEIGHTS}"]
+    assert (await world.publish(2))["version"] == second
+
+
+@pytest.mark.parametrize("managed", [False, True])
+async def test_a_deleted_task_leaves_no_file(
+    world: World, monkeypatch: pytest.MonkeyPatch, managed: bool
+) -> None:
+    monkeypatch.setattr("deployments.catalog.upkeep._GRACE_S", 0.0)
+    world.drop("mood", 1)
+    if managed:
+        await world.publish(2)
+    await world.changes.delete("mood", None, by="us", if_match=None)
+    assert world.record.deleted
+    await world.upkeep._purge()
+    assert world.files() == []
+    assert "mood" not in world.ledger.snapshot.tasks
+    assert not (world.root / "mood").exists()
+
+
+async def test_deleted_files_stay_for_requests_that_are_on_their_way(world: World) -> None:
+    await world.publish(1)
+    await world.changes.delete("mood", None, by="us", if_match=None)
+    await world.upkeep._purge()
+    assert len(world.files()) == 2
+
+
+async def test_a_changed_folder_is_taken_in_and_active_if_it_was(world: World) -> None:
+    folder = world.drop("mood", 1)
+    await world.patch(pinned=True)
+    first = world.record.active
+    (folder / WEIGHTS).write_bytes(content(2))
+    for _ in range(3):
+        await world.adoption.scan()
+    second = world.record.active
+    assert second == world.record.folder == world.store.read("mood").version != first
+    await world.changes.rollback("mood", by="us", if_match=None)
+    (folder / WEIGHTS).write_bytes(content(3))
+    for _ in range(3):
+        await world.adoption.scan()
+    assert world.record.active == first, "whoever activated another one is obeyed"
+    assert len(world.record.versions) == 3
+    (folder / CONFIG).write_text('{"bad": 1}')
+    for _ in range(3):
+        await world.adoption.scan()
+    assert len(world.record.versions) == 3
+
+
+async def test_version_folders_that_lie_there_are_taken_in(world: World) -> None:
+    from adapters.store import digest
+
+    versions = [digest({CONFIG: b"{}", WEIGHTS: content(number)}) for number in range(3)]
+    for number, version in enumerate(versions):
+        world.drop("mood", number, version)
+        await asyncio.sleep(0.02)
+    world.drop("wrong", 1, "0" * 8)
+    await world.adoption.scan()
+    assert set(world.record.versions) == set(versions)
+    assert world.record.active == versions[-1], "the latest"
+    assert "wrong" not in world.ledger.snapshot.tasks
+    later = digest({CONFIG: b"{}", WEIGHTS: content(7)})
+    world.drop("mood", 7, later)
+    await world.adoption.scan()
+    assert set(world.record.versions) == {*versions, later}
+    assert world.record.active == versions[-1]
+
+
+async def test_a_publication_that_died_is_neither_seen_nor_left(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staging = world.stage(1)
+    version = world.store.read_staged(staging, "mood").version
+    world.store.publish(staging, "mood", version)  # and the process dies here
+    later = World(world.root)
+    await later.adoption.scan()
+    assert "mood" not in later.ledger.snapshot.tasks
+    monkeypatch.setattr("deployments.catalog.upkeep._DEAD_S", -1.0)
+    await later.upkeep._clear_unfinished()
+    assert later.files() == []
+
+
+async def test_a_version_that_fails_too_often_loses_its_share(world: World) -> None:
+    from deployments.snapshot import Usage
+
+    await world.publish(1)
+    second = (await world.publish(2))["version"]
+    await world.patch(traffic={second: 0.5}, max_error_rate=0.1)
+    world.usage.add([Usage(task="mood", version=second, num_rows=40, num_errors=10)])
+    await world.upkeep._end_failing()
+    assert world.record.traffic == {}
+    (last, *_) = await world.ledger.history(task="mood", before=None, limit=10)
+    assert last["by"] == "guard"
+    assert last["what"]["returned"] == second
+    assert "10 of 40 rows failed" in last["what"]["reason"]
+
+
+async def test_the_upkeep_goes_on_when_a_part_of_it_fails(world: World) -> None:
+    shutil.rmtree(world.root, ignore_errors=True)
+    world.upkeep.start()
+    await asyncio.sleep(0.1)
+    assert world.upkeep.alive
+    world.upkeep.stop()
+    await asyncio.sleep(0)
+    assert not world.upkeep.alive
