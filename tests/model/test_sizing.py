@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import BertModel, GPT2Config, GPT2Model, RobertaConfig, RobertaModel
 
-from adapters.store import Store
+from adapters.directory import Directory
 from benchmarks.resident import lora, save_adapter
 from deployments.model.engine import Engine
 from deployments.model.graphs import MAX_TOKENS
@@ -25,7 +25,7 @@ def bank_bytes(engine: Engine, base: str, folder: Path, group: Group) -> int:
     config.target_modules = "all-linear" if group.targets == ("all-linear",) else set(group.targets)
     config.fan_in_fan_out = "c_attn" in group.targets
     save_adapter(base, folder / "task", config, group.labels)
-    return engine.read(Store(folder).read("task")).num_bytes
+    return engine.read(Directory(folder).read("task")).num_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
