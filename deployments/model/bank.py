@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from deployments.config import GIB, ConfigError
 from deployments.model.copies import Copies
-from deployments.model.pages import Pages
+from deployments.model.pages import Pages, page_bytes, pages_of
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -108,12 +108,11 @@ class Bank:
         Args:
             num_bytes: Of all pages.
             dtype: Of what the encoder's sites read; heads are fp32.
-            width: Elements of a typical vector (the hidden size): a page takes about half of one,
-                so that little is lost at the end of a tensor.
+            width: Elements of a typical vector, see `page_bytes`.
             device: Where the pages are.
         """
         self.dtype = dtype
-        self.page_bytes = 2 ** max(6, int(math.log2(width * dtype.itemsize / 2)))
+        self.page_bytes = page_bytes(width, dtype.itemsize)
         self.num_pages = num_bytes // self.page_bytes
         try:
             self.memory = torch.empty(
@@ -172,8 +171,8 @@ class Bank:
         return Packed(pages, packing, parts)
 
     def _part(self, tensor: torch.Tensor, dtype: torch.dtype, first: int) -> Part:
-        num_pages = -(-tensor.numel() * dtype.itemsize // self.page_bytes)
-        return Part(slice(first, first + num_pages), tuple(tensor.shape))
+        stop = first + pages_of(tensor.numel() * dtype.itemsize, self.page_bytes)
+        return Part(slice(first, stop), tuple(tensor.shape))
 
     def write(self, slot: int, packed: Packed) -> None:
         """Copy an adapter into free pages, after letting go of what the slot had.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PretrainedConfig
 
 from deployments.config import GIB, ConfigError
 from deployments.model.encoder import Encoder
@@ -80,28 +81,46 @@ def take_stock(encoder: Encoder, max_tokens: int, host_bytes: int) -> Memory:
 
 
 def largest_activations(encoder: Encoder, max_tokens: int) -> int:
+    """Return the bytes that a forward of so many tokens takes at most."""
+    widest = max(site.out_features for site in encoder.geometry.sites.values())
+    itemsize = encoder.bank.dtype.itemsize
+    return activation_bytes(encoder.config, widest, encoder.max_positions, itemsize, max_tokens)
+
+
+def activation_bytes(
+    config: PretrainedConfig, widest: int, longest: int | None, itemsize: int, max_tokens: int
+) -> int:
     """Return the bytes that a forward of so many tokens takes at most.
 
     Taken for eight vectors of the hidden size and eight of the widest linear a token, with what
     quantising copies of them; and for three of the scores of its attention if that is not fused.
     Measured: 0.2 to 0.75 of it.
+
+    Args:
+        config: The base's.
+        widest: Outputs of its widest linear.
+        longest: Its longest input in tokens, None where positions have no end.
+        itemsize: Bytes of an element that it computes in.
+        max_tokens: Most tokens in a forward, padded.
     """
-    config = encoder.config.get_text_config()
-    hidden: int = config.hidden_size
-    widest = max(hidden, *(site.out_features for site in encoder.geometry.sites.values()))
-    a_token = 8 * (hidden + widest)
-    if config._attn_implementation == "eager":
-        longest = min(encoder.max_positions or max_tokens, max_tokens)
-        a_token += 3 * config.num_attention_heads * longest
-    return max_tokens * a_token * encoder.bank.dtype.itemsize
+    text = config.get_text_config()
+    a_token = 8 * (text.hidden_size + max(text.hidden_size, widest))
+    if text._attn_implementation == "eager":
+        a_token += 3 * text.num_attention_heads * min(longest or max_tokens, max_tokens)
+    return int(max_tokens * a_token * itemsize)
 
 
 def largest_graphs(encoder: Encoder, max_tokens: int) -> int:
     """Return the bytes that CUDA graphs take at most: a forward's in common, an output each."""
     tokens = min(max_tokens, MAX_TOKENS)
-    hidden: int = encoder.config.get_text_config().hidden_size
-    outputs = MAX_GRAPHS * tokens * hidden * encoder.bank.dtype.itemsize
-    return largest_activations(encoder, tokens) + outputs
+    itemsize = encoder.bank.dtype.itemsize
+    return largest_activations(encoder, tokens) + output_bytes(encoder.config, itemsize, tokens)
+
+
+def output_bytes(config: PretrainedConfig, itemsize: int, max_tokens: int) -> int:
+    """Return the bytes of what all CUDA graphs give; arguments as for `activation_bytes`."""
+    hidden: int = config.get_text_config().hidden_size
+    return MAX_GRAPHS * min(max_tokens, MAX_TOKENS) * hidden * itemsize
 
 
 def available_ram() -> int:

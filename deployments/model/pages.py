@@ -1,8 +1,24 @@
-"""Which pages of the bank are free. Plain Python: counts in, ranges out."""
+"""How large the pages of the bank are, and which are free. Plain Python: counts in, ranges out."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+
+
+def page_bytes(width: int, itemsize: int) -> int:
+    """Return the size of a page: about half of a vector, so that a tensor's end loses little.
+
+    Args:
+        width: Elements of a typical vector (the hidden size).
+        itemsize: Bytes of an element.
+    """
+    return int(2 ** max(6, int(math.log2(width * itemsize / 2))))
+
+
+def pages_of(num_bytes: int, page: int) -> int:
+    """Return how many pages of `page` bytes a tensor takes."""
+    return -(-num_bytes // page)
 
 
 class Pages:
