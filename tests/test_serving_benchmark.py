@@ -1,12 +1,15 @@
-"""How the serving benchmark is told, from rows with numbers that can be checked by head."""
+"""The serving benchmark asks all that it should, and tells what was found."""
 
 import importlib
 import json
+from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import serving, traffic
+from benchmarks import record, serving, traffic
+from benchmarks.servers import free_port, served
 from benchmarks.serving_told import GUIDE, IDIOM, IDIOM_FAST, OURS, OURS_INT8
 
 
@@ -135,3 +138,44 @@ def test_every_system_is_asked_the_same_texts_in_the_same_order() -> None:
         assert f"serve_multiplexed_model_id: {task}".encode() in idiom[0]
         assert json.loads(own[2]) == json.loads(guide[2]) == {"texts": [text]}
         assert json.loads(idiom[2]) == {"text": text}
+
+
+def test_every_question_is_asked_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a server that answers anything at once, in the place of all: what is left is ours."""
+    started = []
+
+    def in_its_place(command: list[str], port: int, probe: bytes, more: Any = None) -> Any:
+        started.append([*command])
+        return served(["-m", "benchmarks.peers.trivial", str(port)], port, probe)
+
+    monkeypatch.setattr(serving, "served", in_its_place)
+    for name in ("WARM_S", "CLOSED_S", "SINGLE_S", "OPEN_S", "TURN_S"):
+        monkeypatch.setattr(serving, name, 0.2)
+    monkeypatch.setattr(serving, "ROUNDS", 1)
+    monkeypatch.setattr(serving, "TURNS", 1)
+    monkeypatch.setattr(serving, "highest_rate", lambda *_: (1.0, [{"rate": 1.0, **load(1)}]))
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    record.save("serving", [*serving.measure()], {"cores": 2})
+    rows = record.read("serving")
+    assert [row["part"] for row in rows] == (
+        ["generator"] + 5 * ["systems"] + ["no-op"] + 2 * ["adapters", "bulk"] + ["fan-out"]
+    )
+    assert all(row["ratio"] > 0 for row in rows[6:])
+    modules = [command[1] for command in started]
+    assert modules.count("benchmarks.peers.guide") == 1
+    assert modules.count("benchmarks.peers.ray_idiom") == 2
+    assert modules.count("deployments") == 2 + 1 + 2 * 2 + 1
+    assert len(cells(serving.as_table(rows))) > 15
+    assert serving.in_short(rows)
+
+
+def test_a_rate_is_held_while_p95_is_low_and_nothing_fails() -> None:
+    port, request = free_port(), traffic.of_ours("spam", ["x"])
+    serving_it = served(["-m", "benchmarks.peers.trivial", str(port)], port, request)
+    with serving_it, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(serving, "OPEN_S", 0.5)
+        rate, curve = serving.highest_rate(port, cycle([request]), 40.0)
+        assert rate == pytest.approx(48)
+        assert [one["rate"] for one in curve] == [10, 20, pytest.approx(48)]
+        patched.setattr(serving, "MAX_P95_MS", 0.0)
+        assert serving.highest_rate(port, cycle([request]), 40.0)[0] == 0
