@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
 from adapters.documents import open_documents
+from adapters.store import local_folder
 from deployments.catalog.adoption import Adoption
 from deployments.catalog.changes import Changes
 from deployments.catalog.handles import Others
@@ -20,7 +20,8 @@ from deployments.config import Args
 from deployments.snapshot import TaskPatch, Usage
 from deployments.watch import POLL_S
 
-logger = logging.getLogger("ray.serve")
+# A bucket is listed whole to find what was put into it by hand.
+_LIST_EVERY_S = 10.0
 
 
 class Catalog:
@@ -38,7 +39,14 @@ class Catalog:
         self._others = Others(model)
         adoption = Adoption(self._ledger, store, self._others)
         self._changes = Changes(self._ledger, store, self._others, adoption)
-        self._upkeep = Upkeep(self._ledger, self._usage, store, adoption)
+        on_disk = local_folder(args.adapter_store) is not None
+        self._upkeep = Upkeep(
+            self._ledger,
+            self._usage,
+            store,
+            adoption,
+            scan_every_s=1.0 if on_disk else _LIST_EVERY_S,
+        )
         self._upkeep.start()
 
     async def poll(self, watcher: str, revision: int, after: str = "") -> dict[str, Any]:

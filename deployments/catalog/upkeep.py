@@ -32,8 +32,11 @@ class Upkeep:
         usage: UsageSums,
         store: Store,
         adoption: Adoption,
+        *,
+        scan_every_s: float = 1.0,
     ) -> None:
-        """Take what it looks after."""
+        """Take what it looks after, and how often folders are looked for."""
+        self._scan_every_s = scan_every_s
         self._ledger, self._usage = ledger, usage
         self._store, self._adoption = store, adoption
         self._seen_s: dict[tuple[str, str | None], float] = {}
@@ -76,7 +79,8 @@ class Upkeep:
         if started_s >= self._next_scan_s:
             await self._adoption.scan()
             ended_s = time.monotonic()
-            self._next_scan_s = ended_s + (ended_s - started_s) / _SCAN_SHARE
+            rest_s = max(self._scan_every_s - _EVERY_S, (ended_s - started_s) / _SCAN_SHARE)
+            self._next_scan_s = ended_s + rest_s
 
     async def _end_failing(self) -> None:
         """Give the traffic of versions that fail too often back to the active one."""
