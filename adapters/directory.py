@@ -34,7 +34,6 @@ from adapters.staging import (
     FOLDER,
     MARKER,
     MAX_MARKER_BYTES,
-    STAGED,
     STAGING_NAME,
     check_names,
     check_version,
@@ -43,7 +42,7 @@ from adapters.staging import (
     not_there,
     to_marker,
 )
-from adapters.store import CONFIG, PICKLE, Files, Look
+from adapters.store import CONFIG, PICKLE, READ, Files, Look
 
 _YOUNG_NS = 2 * 10**9
 
@@ -209,7 +208,7 @@ class Directory:
                 folder.unlink()
             else:
                 # Without its config it is no task any more, so that goes first.
-                for name in (*STAGED, PICKLE):
+                for name in (*READ, PICKLE):
                     with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
                         (folder / name).unlink()
             with suppress(OSError):  # it is not there, or not empty

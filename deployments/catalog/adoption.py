@@ -10,7 +10,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from adapters.errors import AdapterError, TaskNotFound
-from adapters.store import GOLDEN, Look, Store, limit_bytes
+from adapters.store import Look, Store
 from deployments.catalog import state
 from deployments.catalog.effects import Effects
 from deployments.catalog.ledger import Ledger
@@ -134,11 +134,7 @@ class Adoption:
         """Validate a plain folder, and make a version folder of its files; return its version."""
         facts = await self._effects.check(task, None, {})
         files = await asyncio.to_thread(self._store.read, task)
-        golden = await asyncio.to_thread(
-            self._store.read_file, task, None, GOLDEN, limit_bytes(GOLDEN)
-        )
-        contents = dict(files.contents) | ({} if golden is None else {GOLDEN: golden})
-        named = {name: io.BytesIO(content) for name, content in contents.items()}
+        named = {name: io.BytesIO(content) for name, content in files.contents.items()}
         staging = await asyncio.to_thread(self._store.stage, named)
         try:
             if files.version != facts["version"]:

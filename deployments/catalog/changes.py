@@ -15,7 +15,7 @@ from deployments.catalog.adoption import Adoption
 from deployments.catalog.effects import Effects
 from deployments.catalog.ledger import Ledger
 from deployments.catalog.readiness import checked, make_ready
-from deployments.errors import NotReady, Stale
+from deployments.errors import Conflict, NotReady, Stale
 from deployments.snapshot import Snapshot, TaskPatch, TaskRecord
 
 logger = logging.getLogger("ray.serve")
@@ -65,9 +65,13 @@ class Changes:
                 nonlocal published
                 if record is not None and (record.deleted or version in record.doomed):
                     raise NotReady(f"{task}@{version} is being deleted; try again in a second")
-                if not published and (record is None or version not in record.versions):
-                    await asyncio.to_thread(self._store.publish, staging, task, version)
-                    published = True  # what was staged has moved; a second draft finds it there
+                if published:
+                    pass  # what was staged has moved; a second draft finds it there
+                elif record is not None and version in record.versions:
+                    await asyncio.to_thread(_check_same, self._store, staging, task, version)
+                else:
+                    await asyncio.to_thread(_publish, self._store, staging, task, version)
+                    published = True
                 now_s = datetime.now(UTC).timestamp()
                 seen = 0 if record is None else record.revision
                 return lambda snapshot: state.add_version(
@@ -212,6 +216,7 @@ class Changes:
         record = snapshot.tasks.get(task)
         if record is None or version not in (*record.versions, *record.doomed):
             await asyncio.to_thread(self._store.remove, task, version)
+            await self._effects.forget(task, version)
 
     async def _told(self, task: str, record: TaskRecord) -> dict[str, Any]:
         """Wait until everybody knows, and say who does not."""
@@ -222,6 +227,37 @@ class Changes:
             "etag": record.revision,
             "everywhere": not waiting_for,
         }
+
+
+def _publish(store: Store, staging: str, task: str, version: str) -> None:
+    """Make a version of a staging; one that nobody's record names and that differs gives way."""
+    if version in store.versions(task) and _differing(store, staging, task, version):
+        store.remove(task, version)
+    store.publish(staging, task, version)
+
+
+def _check_same(store: Store, staging: str, task: str, version: str) -> None:
+    """Refuse to take files for those of a version that has others under the same name.
+
+    Raises:
+        Conflict: They differ where the name does not tell, or two contents share a name.
+    """
+    names = _differing(store, staging, task, version)
+    if names:
+        raise Conflict(
+            f"{task}@{version} is there with another {' and '.join(names)}; change rules by "
+            f"PATCH, or delete that version first"
+        )
+
+
+def _differing(store: Store, staging: str, task: str, version: str) -> list[str]:
+    """Return names of files that a staging and a version do not share."""
+    try:
+        kept = store.read(task, version).contents
+    except AdapterError:
+        return []  # publishing repairs it
+    staged = store.read_staged(staging, task).contents
+    return sorted(n for n in kept.keys() | staged.keys() if kept.get(n) != staged.get(n))
 
 
 def _revision(task: str, record: TaskRecord | None) -> int:

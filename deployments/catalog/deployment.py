@@ -8,6 +8,7 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from adapters.documents import open_documents
+from adapters.errors import TASK_NAME, TaskNotFound
 from adapters.store import local_folder
 from deployments.catalog.adoption import Adoption
 from deployments.catalog.changes import Changes
@@ -96,8 +97,10 @@ class Catalog:
 
     async def history(
         self, task: str | None, before: int | None, limit: int
-    ) -> list[dict[str, Any]]:
-        """Return changes, the latest first: who, when, what."""
+    ) -> tuple[list[dict[str, Any]], bool]:
+        """Return changes, the latest first: who, when, what; and whether there are earlier ones."""
+        if task is not None and not TASK_NAME.fullmatch(task):
+            raise TaskNotFound(task)
         return await self._ledger.history(task=task, before=before, limit=limit)
 
     async def report(self, watcher: str, counted: list[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -44,6 +45,11 @@ class Others:
         for answer in await self._everywhere(self._model, "warm", _MODEL_S, task, version):
             if isinstance(answer, BaseException) and not _is_lost(answer):
                 raise _plain(answer)
+
+    async def forget(self, task: str, version: str) -> None:
+        """Have every model replica let go of a version that is none."""
+        with contextlib.suppress(Exception):  # it goes when others need its place
+            await self._everywhere(self._model, "forget", _REACH_S, task, version)
 
     async def golden(self, task: str, version: str, rules: dict[str, Any]) -> list[str]:
         """Have an ingress run a version's golden answers."""

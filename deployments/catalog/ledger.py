@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
+
+import orjson
 
 from deployments.catalog.feed import Feed
 from deployments.catalog.usage import UsageSums
 from deployments.catalog.writer import Writer
+from deployments.errors import NotReady
 from deployments.snapshot import Snapshot
+
+_MOST_READERS = 4
+# Messages between replicas are capped at 4 MB in throughput mode.
+_MOST_BYTES = 2**20
 
 
 class Ledger:
@@ -21,6 +30,8 @@ class Ledger:
         self._writer = writer
         self._usage = usage
         self._turn = asyncio.Lock()
+        self._reading = ThreadPoolExecutor(1, "history")
+        self._num_readers = 0
         self.feed = Feed(writer.snapshot)
 
     @property
@@ -55,12 +66,33 @@ class Ledger:
 
     async def history(
         self, *, task: str | None, before: int | None, limit: int
-    ) -> list[dict[str, Any]]:
-        """Return changes, the latest first; see `deployments.journal.Journal.history`."""
-        changes = await asyncio.to_thread(
-            self._writer.journal.history, task=task, before=before, limit=limit
+    ) -> tuple[list[dict[str, Any]], bool]:
+        """Return changes, the latest first, and whether there are earlier ones.
+
+        At most a mebibyte of them, by a thread of their own: a file is read for each, and changes
+        that are made meanwhile must not wait for that.
+
+        Raises:
+            NotReady: Others are reading already.
+        """
+        if self._num_readers >= _MOST_READERS:
+            raise NotReady("others are reading the history; try again in a second")
+        self._num_readers += 1
+        read = functools.partial(
+            self._writer.journal.history, task=task, before=before, limit=limit + 1
         )
-        return [change.model_dump() for change in changes]
+        try:
+            changes = await asyncio.get_running_loop().run_in_executor(self._reading, read)
+        finally:
+            self._num_readers -= 1
+        told: list[dict[str, Any]] = []
+        num_bytes = 0
+        for change in changes[:limit]:
+            told.append(change.model_dump())
+            num_bytes += len(orjson.dumps(told[-1]))
+            if num_bytes > _MOST_BYTES:
+                break
+        return told, len(told) < len(changes)
 
     async def _tell(self, before: Snapshot, after: Snapshot) -> None:
         if after is not before:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 
+from adapters.errors import AdapterRefused
 from adapters.store import Store
 from deployments.catalog import state
 from deployments.catalog.adoption import Adoption
@@ -101,8 +103,8 @@ class Upkeep:
             doomed += [(task, None)] if record.deleted else [(task, v) for v in record.doomed]
         self._seen_s = {gone: self._seen_s.get(gone, now_s) for gone in doomed}
         for (task, version), seen_s in self._seen_s.items():
-            if now_s - seen_s >= _GRACE_S:
-                await self._remove(task, version)
+            if now_s - seen_s >= _GRACE_S:  # each by itself: one that stays must not keep others
+                await self._safely(self._remove(task, version))
 
     async def _remove(self, task: str, version: str | None) -> None:
         record = self._ledger.snapshot.tasks[task]
@@ -111,7 +113,8 @@ class Upkeep:
         else:
             found = await asyncio.to_thread(self._store.versions, task)
             for one in {*record.versions, *record.doomed, *found}:
-                await asyncio.to_thread(self._store.remove, task, one)
+                with contextlib.suppress(AdapterRefused):  # of a link, which alone is ours
+                    await asyncio.to_thread(self._store.remove, task, one)
             await asyncio.to_thread(self._store.remove, task, None)
         await self._ledger.commit(
             lambda snapshot: state.purged(snapshot, task, version),

@@ -52,6 +52,6 @@ class Catalog(Protocol):
 
     async def history(
         self, task: str | None, before: int | None, limit: int
-    ) -> list[dict[str, Any]]:
-        """Return the changes of a task or of all, the newest first."""
+    ) -> tuple[list[dict[str, Any]], bool]:
+        """Return the changes of a task or of all, the newest first, and whether there are more."""
         ...

@@ -53,6 +53,9 @@ class Replicas:
             meanwhile, self.meanwhile = self.meanwhile, None
             await meanwhile()
 
+    async def forget(self, task: str, version: str) -> None:
+        self.asked.append(("forget", task, version))
+
     async def golden(self, task: str, version: str, rules: dict[str, Any]) -> list[str]:
         self.asked.append(("golden", task, version))
         return self.problems
@@ -159,6 +162,33 @@ async def test_the_same_content_is_the_same_version(world: World) -> None:
     assert world.record.revision == 1
 
 
+async def test_the_same_weights_with_other_rules_are_no_new_version_and_not_dropped_silently(
+    world: World,
+) -> None:
+    await world.publish(1)
+    files = {CONFIG: b"{}", WEIGHTS: content(1), "task.json": b'{"labels": ["a", "b"]}'}
+    staging = world.store.stage({name: io.BytesIO(file) for name, file in files.items()})
+    with pytest.raises(Conflict, match=r"another task\.json; change rules by PATCH"):
+        await world.changes.publish(
+            "mood", staging, source="upload", by="us", activate=False, if_match=None
+        )
+    assert len(world.files()) == 2
+
+
+async def test_what_a_dead_publication_left_gives_way_to_the_next(world: World) -> None:
+    left = world.stage(1)
+    version = world.store.read_staged(left, "mood").version
+    world.store.publish(left, "mood", version)  # and the process dies here
+    world.store.discard(left)
+    files = {CONFIG: b"{}", WEIGHTS: content(1), "task.json": b'{"labels": ["a", "b"]}'}
+    staging = world.store.stage({name: io.BytesIO(file) for name, file in files.items()})
+    told = await world.changes.publish(
+        "mood", staging, source="upload", by="us", activate=False, if_match=None
+    )
+    assert (told["version"], told["created"]) == (version, True)
+    assert world.store.read("mood", version).contents["task.json"] == files["task.json"]
+
+
 @pytest.mark.parametrize("wrong", ["check", "golden", "stale"])
 async def test_what_is_refused_leaves_nothing(world: World, wrong: str) -> None:
     if wrong == "check":
@@ -172,6 +202,8 @@ async def test_what_is_refused_leaves_nothing(world: World, wrong: str) -> None:
         with pytest.raises(Stale):
             await world.publish(1, if_match=7)
     assert world.files() == []
+    asked = world.replicas.asked
+    assert [one[0] for one in asked if one[0] in ("warm", "forget")][-1:] != ["warm"]
     with pytest.raises(KeyError):
         _ = world.record
 
@@ -297,6 +329,36 @@ async def test_a_deleted_task_leaves_no_file(
     assert not (world.root / "mood").exists()
 
 
+async def test_a_deletion_that_cannot_be_carried_out_keeps_no_other(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.catalog.upkeep._GRACE_S", 0.0)
+    world.drop("linked", 1)
+    (world.root / "alias").symlink_to("linked")
+    world.drop("mood", 2)
+    for task in ("alias", "mood"):
+        await world.changes.delete(task, None, by="us", if_match=None)
+    await world.upkeep._purge()
+    assert world.ledger.snapshot.tasks == {}
+    assert sorted(path.name for path in world.root.iterdir() if path.name != "catalog") == [
+        "linked"
+    ]
+    assert len(world.files()) == 2, "what the link led to stays"
+
+
+async def test_history_comes_in_pages_that_messages_can_carry(world: World) -> None:
+    await world.publish(1)
+    for number in range(40):
+        labels = [f"{number}-{index}-{'x' * 50}" for index in range(900)]
+        await world.patch(rules={"labels": labels})
+    changes, more = await world.ledger.history(task="mood", before=None, limit=100)
+    assert more
+    assert 10 < len(changes) < 40
+    rest, more = await world.ledger.history(task="mood", before=changes[-1]["revision"], limit=100)
+    assert not more
+    assert [one["revision"] for one in changes + rest] == list(range(41, 0, -1))
+
+
 async def test_deleted_files_stay_for_requests_that_are_on_their_way(world: World) -> None:
     await world.publish(1)
     await world.changes.delete("mood", None, by="us", if_match=None)
@@ -367,7 +429,7 @@ async def test_a_version_that_fails_too_often_loses_its_share(world: World) -> N
     world.usage.add([Usage(task="mood", version=second, num_rows=40, num_errors=10)])
     await world.upkeep._end_failing()
     assert world.record.traffic == {}
-    (last, *_) = await world.ledger.history(task="mood", before=None, limit=10)
+    (last, *_), _ = await world.ledger.history(task="mood", before=None, limit=10)
     assert last["by"] == "guard"
     assert last["what"]["returned"] == second
     assert "10 of 40 rows failed" in last["what"]["reason"]
