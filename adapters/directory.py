@@ -44,7 +44,7 @@ from adapters.staging import (
 )
 from adapters.store import CONFIG, PICKLE, READ, Files, Look
 
-_YOUNG_NS = 2 * 10**9
+_YOUNG_NS = 60 * 10**9
 
 
 class Directory:
@@ -76,7 +76,7 @@ class Directory:
             for entry in entries:
                 if TASK_NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
                     with suppress(OSError):  # it has just gone
-                        # A clock ticks in milliseconds, and more may come within this one.
+                        # A folder below it may have come, and its files still be on their way.
                         marks[entry.name] = min(entry.stat().st_mtime_ns, young_ns)
         return marks
 

@@ -99,6 +99,9 @@ class Journal:
         Raises:
             As `newest`.
         """
+        if revision == 0:
+            snapshot, _ = self.newest()
+            return snapshot if snapshot.revision else None
         # In this order: a pruned revision's change is there before the revision goes.
         after = revision + 1
         if not any(map(self._is_there, (_revision_path(after), _change_path(after)))):
