@@ -3,6 +3,7 @@
     RequestError
     ├── Unauthorized 401  a change without the token
     ├── Forbidden    403  a change or a source that the configuration does not allow
+    ├── NoMatch      404  a pattern that no task's name fits
     ├── Conflict     409  a change that does not fit what is there
     ├── Stale        412  a change to a task that another one has changed since
     ├── TooLarge     413  its body is over the limit
@@ -46,6 +47,10 @@ class Unauthorized(RequestError):
 
 class Forbidden(RequestError):
     """The configuration does not allow this."""
+
+
+class NoMatch(RequestError):
+    """No task's name fits the pattern."""
 
 
 class Conflict(RequestError):
@@ -118,6 +123,7 @@ _BUILTINS: dict[int, type[Exception]] = {
 _TABLE: dict[type[Exception], tuple[int, str, int | None]] = {
     Unauthorized: (401, "Unauthorized", None),
     Forbidden: (403, "Forbidden", None),
+    NoMatch: (404, "No match", None),
     Conflict: (409, "Conflict", None),
     Stale: (412, "Precondition failed", None),
     BadInput: (422, "Invalid request", None),

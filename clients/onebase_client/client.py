@@ -20,6 +20,8 @@ from onebase_client.refusal import OnebaseError, json_object, refusal
 
 _PAGE = 1000
 
+Texts = str | Mapping[str, str] | Sequence[str | Mapping[str, str]]
+
 
 class Client:
     """Asks one onebase server, over connections that stay open until it is closed.
@@ -49,7 +51,7 @@ class Client:
     def predict(
         self,
         task: str,
-        texts: str | Mapping[str, str] | Sequence[str | Mapping[str, str]],
+        texts: Texts,
         *,
         return_scores: bool = False,
         threshold: float | None = None,
@@ -69,14 +71,29 @@ class Client:
             OnebaseError: The server refused, or answered with something else than JSON.
             httpx2.TransportError: No answer came.
         """
-        body: dict[str, Any] = {
-            "texts": [texts] if isinstance(texts, (str, Mapping)) else list(texts),
-            "return_scores": return_scores,
-        }
-        if threshold is not None:
-            body["threshold"] = threshold
-        headers = {} if routing_key is None else {"x-routing-key": routing_key}
+        body, headers = _asked(texts, return_scores, threshold, routing_key)
         return self._ask("POST", f"{_route(task)}/predict", json=body, headers=headers)
+
+    def predict_many(
+        self,
+        tasks: str | Mapping[str, str] | Sequence[str],
+        texts: Texts,
+        *,
+        return_scores: bool = False,
+        threshold: float | None = None,
+        routing_key: str | None = None,
+    ) -> dict[str, Any]:
+        """Classifies the texts by many tasks at once; a task that fails fails alone.
+
+        `tasks` are their names, one string being one name, or `{"match": "guard-*"}` for all that
+        fit. Of the answer, `answers` has by task what `predict` returns, or an `error` with the
+        `status` that it alone would have had, and `failed` names those. The other arguments, and
+        the errors, are those of `predict`.
+        """
+        body, headers = _asked(texts, return_scores, threshold, routing_key)
+        if not isinstance(tasks, Mapping):
+            tasks = [tasks] if isinstance(tasks, str) else list(tasks)
+        return self._ask("POST", "/v1/predict", json={"tasks": tasks, **body}, headers=headers)
 
     def tasks(self) -> list[dict[str, Any]]:
         """Returns what the server says of each of its tasks, however many pages they fill.
@@ -236,6 +253,19 @@ class Client:
                 response.status_code, "Not a onebase answer", f"{response.url} sent no JSON object."
             )
         return answer
+
+
+def _asked(
+    texts: Texts, return_scores: bool, threshold: float | None, routing_key: str | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Returns the body and headers that say what is asked for."""
+    body: dict[str, Any] = {
+        "texts": [texts] if isinstance(texts, (str, Mapping)) else list(texts),
+        "return_scores": return_scores,
+    }
+    if threshold is not None:
+        body["threshold"] = threshold
+    return body, {} if routing_key is None else {"x-routing-key": routing_key}
 
 
 def _route(task: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import orjson
@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle
 
 from adapters.rules import ProblemType
 from deployments.errors import BatchLoopDied, NotReady
-from deployments.ingress.calls import Answers, Encodings
+from deployments.ingress.calls import Answers, Asked, Encodings
 from deployments.ingress.changes import CatalogLost
 from deployments.rows import Facts
 from deployments.tokens import Vocabulary
@@ -56,6 +56,13 @@ class ModelHandle:
             lambda: self._handle.predict.remote(task, version, problem_type, inputs)
         )
         return answers
+
+    async def predict_together(self, asked: Sequence[Asked]) -> list[Answers | Exception]:
+        """Have inputs of several tasks answered, in the same batches."""
+        told: list[Answers | Exception] = await _reach(
+            lambda: self._handle.predict_together.remote([*asked])
+        )
+        return told
 
     async def residency(self, after: str, limit: int) -> list[dict[str, Any]]:
         """Ask all replicas what they hold; one that is lost meanwhile is left out."""

@@ -13,8 +13,10 @@ from starlette.exceptions import HTTPException
 
 from adapters.errors import AdapterError
 from deployments.errors import INTERNAL, BadInput, Problem, RequestError, to_problem
+from deployments.ingress.fanout import FanOut
 from deployments.ingress.limits import BodyLimit
 from deployments.ingress.listing import AskUsage, Listing
+from deployments.ingress.many import ManyRequest
 from deployments.ingress.predict import Predictor
 from deployments.ingress.tasks import Tasks
 from deployments.ingress.wire import PredictRequest, explain
@@ -42,16 +44,18 @@ def make_api(
     max_body_bytes: int,
     max_upload_bytes: int,
     usage: AskUsage | None = None,
+    fan_out: FanOut | None = None,
 ) -> FastAPI:
     """Return the HTTP application.
 
     Args:
         tasks: Who knows the tasks.
-        predictor: Who answers for them.
+        predictor: Who answers for one of them.
         default_task: The task of `POST /predict`, which is not there if this is None.
         max_body_bytes: Largest body of a request.
         max_upload_bytes: Largest upload of a version.
         usage: Asks the catalog what was counted; None where there is none.
+        fan_out: Who answers `POST /v1/predict`, which is not there if this is None.
     """
     api = FastAPI(title="onebase", description="One base model, every task.", redoc_url=None)
     api.add_middleware(BodyLimit, max_bytes=max_body_bytes, max_upload_bytes=max_upload_bytes)
@@ -81,6 +85,12 @@ def make_api(
         @api.post("/predict", summary=f"The inference guide's route; answers {default_task}")
         async def predict_default(body: PredictRequest, key: RoutingKey = None) -> JSONResponse:
             return JSONResponse(await predictor.predict(default_task, body, key))
+
+    if fan_out is not None:
+
+        @api.post("/v1/predict", summary="Classify texts by the adapters of many tasks at once")
+        async def predict_many(body: ManyRequest, key: RoutingKey = None) -> JSONResponse:
+            return JSONResponse(await fan_out.predict(body, key))
 
     return api
 

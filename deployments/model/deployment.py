@@ -26,6 +26,7 @@ from deployments.model.facts import to_facts
 from deployments.model.memory import take_stock
 from deployments.model.residents import Residents
 from deployments.model.threads import forward_threads
+from deployments.model.together import each_alone
 from deployments.model.vocabulary import export_vocabulary, to_pages
 from deployments.rows import Facts, Prediction, Row, Tokens
 from deployments.snapshot import Snapshot
@@ -165,6 +166,10 @@ class Model:
                 *(self.answer(row) for row in rows), return_exceptions=True
             )
         return [_as_data(answer) for answer in answers]
+
+    async def predict_together(self, asked: list[tuple[Any, ...]]) -> list[Any]:
+        """Answer several calls of `predict` at once; see `each_alone` for what it returns."""
+        return await each_alone(self.predict(*one) for one in asked)
 
     @dynamic_batch
     async def answer(self, rows: list[Row]) -> list[Prediction | Exception]:
