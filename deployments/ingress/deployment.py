@@ -15,7 +15,7 @@ from adapters.directory import Directory
 from adapters.documents import open_documents
 from adapters.store import GOLDEN
 from deployments.config import Args, admin_token, tokenize_without_pool
-from deployments.errors import INTERNAL, NotReady, to_problem
+from deployments.errors import INTERNAL, to_problem
 from deployments.ingress.access import Access
 from deployments.ingress.admin import add_change_routes
 from deployments.ingress.folders import Folders
@@ -25,6 +25,7 @@ from deployments.ingress.predict import Predictor
 from deployments.ingress.routes import make_api
 from deployments.ingress.sources import Sources
 from deployments.ingress.tasks import Tasks
+from deployments.ingress.usage import report
 from deployments.ingress.wire import to_request
 from deployments.internals import bind_host
 from deployments.journal import Journal
@@ -68,7 +69,13 @@ class Ingress:
             self._tasks, tokenizer, self._model.predict, max_rows=args.max_request_rows
         )
         await self._watch.start()
-        self._reporting = asyncio.get_running_loop().create_task(self._report())
+        self._reporting = asyncio.get_running_loop().create_task(
+            report(
+                self._predictor.tally,
+                lambda counted: self._catalog.report(self._watch.name, counted),
+                _REPORT_EVERY_S,
+            )
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP application; Ray Serve calls this after the constructor."""
@@ -156,16 +163,3 @@ class Ingress:
 
     def _hold(self, snapshot: Snapshot) -> None:
         self._tasks.snapshot = snapshot
-
-    async def _report(self) -> None:
-        """Tell the catalog once a second what was counted."""
-        while True:
-            await asyncio.sleep(_REPORT_EVERY_S)
-            counted = self._predictor.tally.take()
-            if not counted:
-                continue
-            try:
-                told = [one.model_dump() for one in counted]
-                await self._catalog.report(self._watch.name, told)
-            except NotReady:
-                self._predictor.tally.put_back(counted)
