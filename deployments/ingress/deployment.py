@@ -13,13 +13,13 @@ from ray.serve.handle import DeploymentHandle
 
 from adapters.directory import Directory
 from adapters.documents import open_documents
-from adapters.store import GOLDEN
+from adapters.store import GOLDEN, MAX_GOLDEN_BYTES
 from deployments.config import Args, admin_token, tokenize_without_pool
 from deployments.errors import INTERNAL, to_problem
 from deployments.ingress.access import Access
 from deployments.ingress.admin import add_change_routes
 from deployments.ingress.folders import Folders
-from deployments.ingress.golden import MAX_GOLDEN_BYTES, try_golden
+from deployments.ingress.golden import try_golden
 from deployments.ingress.handles import CatalogHandle, ModelHandle
 from deployments.ingress.predict import Predictor
 from deployments.ingress.routes import make_api
