@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
+import orjson
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
@@ -117,6 +119,7 @@ def _changes(catalog: Catalog, uploads: Uploads, access: Access) -> APIRouter:
     @router.patch("/v1/tasks/{task}", summary="Change a task's rules, traffic and pins")
     async def patch(task: TaskName, body: TaskPatch, request: Request) -> JSONResponse:
         _check(task)
+        _check_rules(body.rules)
         given = body.model_dump(mode="json", exclude_unset=True)
         return _answer(request, await catalog.patch(task, given, **_change(request)))
 
@@ -203,6 +206,15 @@ def _check(task: str, version: str | None = None) -> None:
         raise TaskNotFound(task)
     if version is not None and not VERSION_NAME.fullmatch(version):
         raise VersionNotFound(task, version)
+
+
+def _check_rules(rules: dict[str, Any]) -> None:
+    """Refuse what the catalog's files cannot hold, or would hold as something else."""
+    try:
+        json.dumps(rules, allow_nan=False)  # orjson makes null of what is not finite
+        orjson.dumps(rules)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadInput(f"rules: they cannot be kept as JSON: {error}") from None
 
 
 async def _unauthorized(request: Request, error: Exception) -> JSONResponse:
