@@ -18,7 +18,7 @@ from adapters.errors import TASK_NAME, VERSION_NAME, TaskNotFound, VersionNotFou
 from adapters.store import Store
 from deployments.errors import INTERNAL, BadInput, Unauthorized, to_problem
 from deployments.ingress.access import Access
-from deployments.ingress.changes import Catalog
+from deployments.ingress.catalog import Catalog
 from deployments.ingress.residency import AskReplicas, merge
 from deployments.ingress.sources import Sources
 from deployments.ingress.uploads import Uploads

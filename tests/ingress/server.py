@@ -12,6 +12,7 @@ import httpx2
 import uvicorn
 
 from adapters.store import Store
+from deployments.errors import NotReady
 from deployments.ingress.access import Access
 from deployments.ingress.admin import add_change_routes
 from deployments.ingress.routes import make_api
@@ -41,7 +42,11 @@ class Catalog:
             await asyncio.to_thread(self.wait.wait)
         files = self.store.read_staged(staging, task)
         self.published.append(dict(files.contents))
-        return self._told("publish", task=task, version=files.version, **given)
+        try:
+            return self._told("publish", task=task, version=files.version, **given)
+        finally:
+            if not isinstance(self.error, NotReady):  # which says that it was never reached
+                self.store.discard(staging)
 
     async def patch(self, task: str, patch: Any, **given: Any) -> dict[str, Any]:
         return self._told("patch", task=task, patch=patch, **given)

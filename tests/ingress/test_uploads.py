@@ -17,7 +17,7 @@ from safetensors.numpy import save
 from adapters.directory import Directory
 from adapters.errors import AdapterIncomplete, AdapterRefused
 from deployments.errors import BadInput, NotReady, Stale
-from deployments.ingress.changes import CatalogLost
+from deployments.ingress.catalog import CatalogLost
 from deployments.ingress.sources import Sources
 from deployments.ingress.uploads import Uploads
 from tests.ingress.server import Catalog, Server, problem, serve
@@ -208,6 +208,26 @@ def test_a_refusal_is_told_whole_and_leaves_nothing(
     server.catalog.error = error
     said = problem(server.http.put(PATH, files=form(files)), status)
     assert said == str(error) if status != 500 else "secret" not in said
+
+
+@pytest.mark.parametrize(
+    "error", [None, Stale("it is at 9"), BadInput("no head"), NotReady("the catalog is away")]
+)
+def test_a_staging_has_one_owner(
+    server: Server, store: Directory, files: dict[str, bytes], error: Exception | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The catalog that has it, or else the ingress."""
+    discarded, discard = [], store.discard
+
+    def count(staging: str) -> None:
+        discarded.append(staging)
+        discard(staging)
+
+    monkeypatch.setattr(store, "discard", count)
+    server.catalog.error = error
+    server.http.put(PATH, files=form(files))
+    assert len(discarded) == 1
 
 
 def test_of_a_lost_catalog_the_staging_stays_for_the_next_one(
