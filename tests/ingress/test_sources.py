@@ -432,8 +432,9 @@ def test_a_folder_of_a_bucket_is_not_listed(
     from s3fs import S3FileSystem
 
     monkeypatch.setattr(S3FileSystem, "_lsdir", None)
-    bucket.put_object(Bucket="models", Key="prod/mood/config.json/x", Body=b"no file")
-    assert stage("s3://models/prod/mood", "s3://models/prod")[0] == content
+    for name, data in {**content, "config.json/x": b"no file"}.items():
+        bucket.put_object(Bucket="models", Key=f"large/mood/{name}", Body=data)
+    assert stage("s3://models/large/mood", "s3://models")[0] == content
 
 
 def test_a_store_whose_package_is_missing_is_said(
