@@ -19,32 +19,22 @@ from adapters.store import Store
 from deployments.errors import INTERNAL, BadInput, Unauthorized, to_problem
 from deployments.ingress.access import Access
 from deployments.ingress.catalog import Catalog
+from deployments.ingress.documented import (
+    CHANGE_ANSWERS,
+    FORM,
+    NEW_VERSION,
+    PAGE,
+    Limit,
+    TaskName,
+    VersionName,
+    if_match,
+)
 from deployments.ingress.residency import AskReplicas, merge
 from deployments.ingress.sources import Sources
 from deployments.ingress.uploads import Uploads
 from deployments.snapshot import TaskPatch
 
-TaskName = Annotated[str, Path(description="The task's name.")]
-VersionName = Annotated[str, Path(description="8 hex digits of the version's content.")]
-_PAGE, _LARGEST_PAGE = 100, 1000
-Limit = Annotated[int, Query(ge=1, le=_LARGEST_PAGE, description="Most entries in the answer.")]
 _ETAG = re.compile(r'"([0-9]{1,18})"')
-_FORM = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["files"],
-                    "properties": {
-                        "files": {"type": "array", "items": {"type": "string", "format": "binary"}}
-                    },
-                }
-            }
-        },
-    }
-}
 
 
 class NewVersion(BaseModel):
@@ -82,7 +72,7 @@ def add_change_routes(
     api.include_router(_records(catalog, ask_replicas))
 
 
-def _changes(catalog: Catalog, uploads: Uploads, access: Access) -> APIRouter:
+def _guarded(access: Access) -> type[APIRoute]:
     class Guarded(APIRoute):
         """A route that asks who may before it reads a byte of the body."""
 
@@ -96,11 +86,22 @@ def _changes(catalog: Catalog, uploads: Uploads, access: Access) -> APIRouter:
 
             return guarded
 
+    return Guarded
+
+
+def _changes(catalog: Catalog, uploads: Uploads, access: Access) -> APIRouter:
     bearer = Depends(HTTPBearer(auto_error=False, description="ONEBASE_ADMIN_TOKEN"))  # for /docs
-    router = APIRouter(route_class=Guarded, dependencies=[bearer])
+    router = APIRouter(
+        route_class=_guarded(access),
+        dependencies=[bearer, Depends(if_match)],
+        responses=CHANGE_ANSWERS,
+    )
 
     @router.put(
-        "/v1/tasks/{task}/versions", summary="Upload a version's files", openapi_extra=_FORM
+        "/v1/tasks/{task}/versions",
+        summary="Upload a version's files",
+        openapi_extra=FORM,
+        responses=NEW_VERSION,
     )
     async def upload(
         task: TaskName,
@@ -110,7 +111,11 @@ def _changes(catalog: Catalog, uploads: Uploads, access: Access) -> APIRouter:
         change = _change(request)
         return _answer(request, await uploads.upload(task, request, activate=activate, **change))
 
-    @router.post("/v1/tasks/{task}/versions", summary="Fetch a version from elsewhere")
+    @router.post(
+        "/v1/tasks/{task}/versions",
+        summary="Fetch a version from elsewhere",
+        responses=NEW_VERSION,
+    )
     async def add(task: TaskName, body: NewVersion, request: Request) -> JSONResponse:
         change = _change(request)
         answer = await uploads.add(task, body.source, activate=body.activate, **change)
@@ -157,7 +162,7 @@ def _records(catalog: Catalog, ask_replicas: AskReplicas) -> APIRouter:
         before: Annotated[
             int | None, Query(ge=1, description="The page before's `next`, a revision.")
         ] = None,
-        limit: Limit = _PAGE,
+        limit: Limit = PAGE,
     ) -> JSONResponse:
         # One more than asked for tells whether there is another page.
         changes = await catalog.history(task, before, limit + 1)
@@ -169,7 +174,7 @@ def _records(catalog: Catalog, ask_replicas: AskReplicas) -> APIRouter:
     @router.get("/v1/residency", summary="Which replica holds which version, and where")
     async def get_residency(
         after: Annotated[str, Query(description="The page before's `next`.")] = "",
-        limit: Limit = _PAGE,
+        limit: Limit = PAGE,
     ) -> JSONResponse:
         return JSONResponse(merge(await ask_replicas(after, limit), limit))
 

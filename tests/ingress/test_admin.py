@@ -272,3 +272,30 @@ def test_the_documentation_shows_how_to_upload_and_where_the_token_goes(server: 
     assert "multipart/form-data" in upload["requestBody"]["content"]
     assert upload["security"]
     assert "security" not in spec["paths"]["/v1/history"]["get"]
+
+
+CHANGES = [
+    ("put", "/v1/tasks/{task}/versions"), ("post", "/v1/tasks/{task}/versions"),
+    ("patch", "/v1/tasks/{task}"), ("post", "/v1/tasks/{task}/rollback"),
+    ("delete", "/v1/tasks/{task}"), ("delete", "/v1/tasks/{task}/versions/{version}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "path"), CHANGES)
+def test_the_documentation_lists_a_change_s_condition_and_answers(
+    server: Server, method: str, path: str
+) -> None:
+    said = server.http.get("/openapi.json").json()["paths"][path][method]
+    (header,) = [one for one in said["parameters"] if one["in"] == "header"]
+    assert (header["name"], header["required"]) == ("If-Match", False)
+    answers = said["responses"]
+    assert ("201" in answers) == path.endswith("/versions")
+    assert "Location" in answers["202"]["headers"]
+    for status in ("401", "403", "404", "409", "412", "413", "422", "503"):
+        assert [*answers[status]["content"]] == ["application/problem+json"], status
+
+
+def test_only_changes_are_documented_as_such(server: Server) -> None:
+    for path, routes in server.http.get("/openapi.json").json()["paths"].items():
+        for method, said in routes.items():
+            assert ("412" in said["responses"]) == ((method, path) in CHANGES)
