@@ -194,23 +194,6 @@ def test_thousands_of_parts_are_not_opened(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "status"),
-    [
-        (AdapterRefused("mood", ["no head", "rank 0"]), 422),
-        (AdapterIncomplete("mood", "adapter_model.safetensors is missing"), 422),
-        (BadInput("x: no head; x: rank 0"), 422), (Stale("it is at 9"), 412),
-        (NotReady("no model replica is running"), 503), (RuntimeError("secret"), 500),
-    ],
-)  # fmt: skip
-def test_a_refusal_is_told_whole_and_leaves_nothing(
-    server: Server, files: dict[str, bytes], error: Exception, status: int
-) -> None:
-    server.catalog.error = error
-    said = problem(server.http.put(PATH, files=form(files)), status)
-    assert said == str(error) if status != 500 else "secret" not in said
-
-
-@pytest.mark.parametrize(
     "error", [None, Stale("it is at 9"), BadInput("no head"), NotReady("the catalog is away")]
 )
 def test_a_staging_has_one_owner(
@@ -228,6 +211,23 @@ def test_a_staging_has_one_owner(
     server.catalog.error = error
     server.http.put(PATH, files=form(files))
     assert len(discarded) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (AdapterRefused("mood", ["no head", "rank 0"]), 422),
+        (AdapterIncomplete("mood", "adapter_model.safetensors is missing"), 422),
+        (BadInput("x: no head; x: rank 0"), 422), (Stale("it is at 9"), 412),
+        (NotReady("no model replica is running"), 503), (RuntimeError("secret"), 500),
+    ],
+)  # fmt: skip
+def test_a_refusal_is_told_whole_and_leaves_nothing(
+    server: Server, files: dict[str, bytes], error: Exception, status: int
+) -> None:
+    server.catalog.error = error
+    said = problem(server.http.put(PATH, files=form(files)), status)
+    assert said == str(error) if status != 500 else "secret" not in said
 
 
 def test_of_a_lost_catalog_the_staging_stays_for_the_next_one(
