@@ -64,7 +64,8 @@ class Changes:
             async def prepare(record: TaskRecord | None) -> Transition:
                 nonlocal published
                 if record is not None and (record.deleted or version in record.doomed):
-                    raise NotReady(f"{task}@{version} is being deleted; try again in a second")
+                    what = f"{task}@{version} is being deleted"
+                    raise NotReady(f"{what}; try again in a few seconds")
                 if not published and (record is None or version not in record.versions):
                     await asyncio.to_thread(self._store.publish, staging, task, version)
                     published = True  # what was staged has moved; a second draft finds it there

@@ -156,7 +156,7 @@ def test_a_rollback_goes_back_and_further_back(three: Snapshot) -> None:
     assert (record.fallback, record.traffic) == (None, {})
     twice = state.rollback(once, "mood", mood(once).revision)
     assert (mood(twice).active, mood(twice).previous) == (A, ())
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict, match="name one: PATCH"):
         state.rollback(twice, "mood", None)
 
 
@@ -228,7 +228,7 @@ def test_a_version_is_doomed_then_forgotten_then_may_come_again(three: Snapshot)
     moved = state.delete_version(patch(moved, active=B), "mood", C, None)
     record = mood(moved)
     assert (list(record.versions), record.previous, record.doomed) == ([A, B], (A,), (C,))
-    with pytest.raises(NotReady, match="being deleted"):
+    with pytest.raises(NotReady, match="being deleted; try again in a few seconds"):
         add(moved, C)
     with pytest.raises(VersionNotFound):
         state.delete_version(moved, "mood", C, None)
