@@ -8,6 +8,7 @@
     ├── TooLarge     413  its body is over the limit
     ├── BadInput     422  the request says something that cannot be answered
     └── NotReady     503  no replica can answer at the moment
+        └── Unsure   503  a change may have been made, or not
     BatchLoopDied   503  the replica that was asked can answer nothing any more
     AdapterError         (adapters/errors.py) 404 unknown, 413 too large, 503 for that task alone
 
@@ -67,6 +68,10 @@ class NotReady(RequestError):
     """No replica can answer at the moment."""
 
 
+class Unsure(NotReady):
+    """A change may have been made, or may still come; nobody knows."""
+
+
 class BatchLoopDied(RuntimeError):
     """The batch loop ended; no row can be answered by this replica any more."""
 
@@ -117,6 +122,7 @@ _TABLE: dict[type[Exception], tuple[int, str, int | None]] = {
     Stale: (412, "Precondition failed", None),
     BadInput: (422, "Invalid request", None),
     TooLarge: (413, "Request too large", None),
+    Unsure: (503, "Outcome unknown", 1),
     NotReady: (503, "Not ready", 1),
     BatchLoopDied: (503, "Not ready", 1),
     TaskNotFound: (404, "Unknown task", None),

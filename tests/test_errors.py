@@ -27,6 +27,7 @@ from deployments.errors import (
     Stale,
     TooLarge,
     Unauthorized,
+    Unsure,
     to_problem,
 )
 
@@ -47,6 +48,7 @@ ERRORS = [
     (BadInput("texts is empty"), 422, ValueError),
     (TooLarge("the body is over 5 bytes"), 413, ValueError),
     (NotReady("no replica runs"), 503, RuntimeError),
+    (Unsure("the store did not answer"), 503, RuntimeError),
 ]
 RETRIED = (AdapterIncomplete, AdapterChanged, StoreUnreachable, NotReady)
 

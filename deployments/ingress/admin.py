@@ -164,11 +164,10 @@ def _records(catalog: Catalog, ask_replicas: AskReplicas) -> APIRouter:
         ] = None,
         limit: Limit = PAGE,
     ) -> JSONResponse:
-        # One more than asked for tells whether there is another page.
-        changes = await catalog.history(task, before, limit + 1)
-        told: dict[str, Any] = {"changes": changes[:limit]}
-        if len(changes) > limit:
-            told["next"] = changes[limit - 1]["revision"]
+        changes, more = await catalog.history(task, before, limit)
+        told: dict[str, Any] = {"changes": changes}
+        if more:
+            told["next"] = changes[-1]["revision"]
         return JSONResponse(told)
 
     @router.get("/v1/residency", summary="Which replica holds which version, and where")

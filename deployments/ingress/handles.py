@@ -103,9 +103,9 @@ class CatalogHandle:
 
     async def history(
         self, task: str | None, before: int | None, limit: int
-    ) -> list[dict[str, Any]]:
+    ) -> tuple[list[dict[str, Any]], bool]:
         """See `changes.Catalog.history`."""
-        answer: list[dict[str, Any]] = await self._read(
+        answer: tuple[list[dict[str, Any]], bool] = await self._read(
             lambda: self._handle.history.remote(task, before, limit)
         )
         return answer

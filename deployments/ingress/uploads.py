@@ -14,8 +14,8 @@ from starlette.requests import ClientDisconnect, Request
 from adapters.errors import TASK_NAME, AdapterIncomplete, AdapterRefused, TaskNotFound
 from adapters.staging import STAGED
 from adapters.store import Store
-from deployments.errors import BadInput, NotReady, to_problem
-from deployments.ingress.catalog import Catalog, CatalogLost
+from deployments.errors import BadInput, NotReady, Unsure, to_problem
+from deployments.ingress.catalog import Catalog
 from deployments.ingress.sources import Sources
 
 logger = logging.getLogger("ray.serve")
@@ -107,8 +107,8 @@ class Uploads:
             # Of a folder in the store it may be mended by waiting; an upload stays what it is.
             problem = to_problem(error)
             raise BadInput(problem.detail if problem else str(error)) from None
-        except CatalogLost:
-            raise
+        except Unsure:
+            raise  # the staging stays, for whoever clears up
         except NotReady:
             # The catalog may not have been reached, who discards what it was given.
             await loop.run_in_executor(self._threads, self._store.discard, staging)

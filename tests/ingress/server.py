@@ -60,13 +60,15 @@ class Catalog:
     async def revision(self, revision: int) -> dict[str, Any]:
         return {"revision": revision, "everywhere": False, "waiting_for": ["ingress-1"]}
 
-    async def history(self, task: str | None, before: int | None, limit: int) -> list[Any]:
+    async def history(
+        self, task: str | None, before: int | None, limit: int
+    ) -> tuple[list[Any], bool]:
         fitting = [
             change
             for change in self.changes
             if task in (None, change["task"]) and (before is None or change["revision"] < before)
         ]
-        return fitting[:limit]
+        return fitting[:limit], len(fitting) > limit
 
 
 class Server:
