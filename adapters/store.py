@@ -33,6 +33,7 @@ READ = (CONFIG, WEIGHTS, MODEL_CONFIG, RULES, GOLDEN, *TOKENIZER)
 VERSIONED = frozenset((CONFIG, WEIGHTS, *TOKENIZER))
 
 MAX_JSON_BYTES = 8 * 2**20  # parsed, JSON takes 30 times its size at worst
+MAX_GOLDEN_BYTES = 2**20
 MAX_TOKENIZER_BYTES = 64 * 2**20
 MAX_WEIGHTS_BYTES = 4 * 2**30
 MAX_CACHE_BYTES = 10 * 2**30
@@ -210,6 +211,8 @@ def limit_bytes(name: str) -> int:
     """Return the most bytes that a file of this name may have."""
     if name == WEIGHTS:
         return MAX_WEIGHTS_BYTES
+    if name == GOLDEN:
+        return MAX_GOLDEN_BYTES
     return MAX_TOKENIZER_BYTES if name in TOKENIZER else MAX_JSON_BYTES
 
 

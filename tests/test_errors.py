@@ -130,3 +130,9 @@ def test_an_unknown_error_is_not_mapped(error: Exception) -> None:
 def test_what_is_not_known_is_told_without_its_words() -> None:
     assert INTERNAL.status == 500
     assert type(INTERNAL.exception()) is RuntimeError
+
+
+def test_who_asks_for_no_task_is_told_how_to_make_one() -> None:
+    said = str(TaskNotFound("mood"))
+    assert "upload one (PUT /v1/tasks/mood/versions)" in said
+    assert "its PEFT folder into the adapter store under that name" in said

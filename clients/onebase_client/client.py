@@ -34,6 +34,11 @@ class Client:
         transport: What carries the requests in place of a network, such as
             `httpx2.MockTransport`.
         token: The server's `ONEBASE_ADMIN_TOKEN`, for calls that change something.
+        change_timeout_s: As `timeout_s`, for these calls: the server fetches, checks and loads a
+            version before it answers.
+
+    Raises:
+        ValueError: The token has other characters than ASCII, which no header can carry.
     """
 
     def __init__(
@@ -42,7 +47,11 @@ class Client:
         timeout_s: float = 30.0,
         transport: httpx2.BaseTransport | None = None,
         token: str | None = None,
+        change_timeout_s: float = 300.0,
     ) -> None:
+        if token is not None and not token.isascii():
+            raise ValueError("The token has characters that are not ASCII; none such can be sent.")
+        self._change_timeout_s = change_timeout_s
         headers = {} if token is None else {"authorization": f"Bearer {token}"}
         self._http = httpx2.Client(
             base_url=base_url, timeout=timeout_s, transport=transport, headers=headers
@@ -240,7 +249,8 @@ class Client:
         self, method: str, route: str, if_match: int | None, **content: Any
     ) -> dict[str, Any]:
         headers = {} if if_match is None else {"if-match": f'"{if_match}"'}
-        return self._ask(method, route, headers=headers, **content)
+        timeout_s = self._change_timeout_s
+        return self._ask(method, route, headers=headers, timeout=timeout_s, **content)
 
     def _ask(self, method: str, route: str, **content: Any) -> dict[str, Any]:
         """Returns the JSON object that the server answers with, or raises its refusal."""

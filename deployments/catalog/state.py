@@ -103,7 +103,9 @@ def rollback(snapshot: Snapshot, task: str, if_match: int | None) -> Snapshot:
     """
     record = _known(snapshot, task, if_match)
     if not record.previous:
-        raise Conflict(f"task {task!r} has no version that was active before; give it one instead")
+        raise Conflict(
+            f'task {task!r} has no version that was active before; name one: PATCH {{"active": …}}'
+        )
     *previous, version = record.previous
     back = _activated(record, version)
     return _with(snapshot, task, back.model_copy(update={"previous": _walk(previous, version)}))

@@ -13,20 +13,21 @@ from ray.serve.handle import DeploymentHandle
 
 from adapters.directory import Directory
 from adapters.documents import open_documents
-from adapters.store import GOLDEN
+from adapters.store import GOLDEN, MAX_GOLDEN_BYTES
 from deployments.config import Args, admin_token, tokenize_without_pool
-from deployments.errors import INTERNAL, NotReady, to_problem
+from deployments.errors import INTERNAL, to_problem
 from deployments.ingress.access import Access
 from deployments.ingress.admin import add_change_routes
 from deployments.ingress.fanout import FanOut
 from deployments.ingress.folders import Folders
-from deployments.ingress.golden import MAX_GOLDEN_BYTES, try_golden
+from deployments.ingress.golden import try_golden
 from deployments.ingress.handles import CatalogHandle, ModelHandle
 from deployments.ingress.many import to_many_request
 from deployments.ingress.predict import Predictor
 from deployments.ingress.routes import make_api
 from deployments.ingress.sources import Sources
 from deployments.ingress.tasks import Tasks
+from deployments.ingress.usage import report
 from deployments.ingress.wire import to_request
 from deployments.internals import bind_host
 from deployments.journal import Journal
@@ -77,7 +78,13 @@ class Ingress:
             max_rows=args.max_request_rows,
         )
         await self._watch.start()
-        self._reporting = asyncio.get_running_loop().create_task(self._report())
+        self._reporting = asyncio.get_running_loop().create_task(
+            report(
+                self._predictor.tally,
+                lambda counted: self._catalog.report(self._watch.name, counted),
+                _REPORT_EVERY_S,
+            )
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP application; Ray Serve calls this after the constructor."""
@@ -192,19 +199,6 @@ class Ingress:
 
     def _hold(self, snapshot: Snapshot) -> None:
         self._tasks.snapshot = snapshot
-
-    async def _report(self) -> None:
-        """Tell the catalog once a second what was counted."""
-        while True:
-            await asyncio.sleep(_REPORT_EVERY_S)
-            counted = self._predictor.tally.take()
-            if not counted:
-                continue
-            try:
-                told = [one.model_dump() for one in counted]
-                await self._catalog.report(self._watch.name, told)
-            except NotReady:
-                self._predictor.tally.put_back(counted)
 
 
 def _builtin(error: Exception, call: str) -> Exception:

@@ -6,13 +6,14 @@ import logging
 from http import HTTPStatus
 from typing import Annotated
 
-from fastapi import FastAPI, Header, Path, Query, Request
+from fastapi import FastAPI, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from adapters.errors import AdapterError
 from deployments.errors import INTERNAL, BadInput, Problem, RequestError, to_problem
+from deployments.ingress.documented import PAGE, Limit, TaskName
 from deployments.ingress.fanout import FanOut
 from deployments.ingress.limits import BodyLimit
 from deployments.ingress.listing import AskUsage, Listing
@@ -23,9 +24,6 @@ from deployments.ingress.wire import PredictRequest, explain
 
 logger = logging.getLogger("ray.serve")
 
-TaskName = Annotated[str, Path(description="The task's name: its folder in the store.")]
-_PAGE, _LARGEST_PAGE = 100, 1000
-Limit = Annotated[int, Query(ge=1, le=_LARGEST_PAGE, description="Most tasks in the answer.")]
 After = Annotated[str, Query(description="The last task of the page before: its `next`.")]
 RoutingKey = Annotated[
     str | None,
@@ -72,7 +70,7 @@ def make_api(
         return JSONResponse(await predictor.predict(task, body, key))
 
     @api.get("/v1/tasks", summary="All tasks by name, a page at a time")
-    async def list_tasks(limit: Limit = _PAGE, after: After = "") -> JSONResponse:
+    async def list_tasks(limit: Limit = PAGE, after: After = "") -> JSONResponse:
         return JSONResponse(await listing.page(after, limit))
 
     @api.get("/v1/tasks/{task}", summary="A task's versions, labels and rules")

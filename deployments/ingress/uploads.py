@@ -14,8 +14,8 @@ from starlette.requests import ClientDisconnect, Request
 from adapters.errors import TASK_NAME, AdapterIncomplete, AdapterRefused, TaskNotFound
 from adapters.staging import STAGED
 from adapters.store import Store
-from deployments.errors import BadInput, to_problem
-from deployments.ingress.changes import Catalog, CatalogLost
+from deployments.errors import BadInput, NotReady, Unsure, to_problem
+from deployments.ingress.catalog import Catalog
 from deployments.ingress.sources import Sources
 
 logger = logging.getLogger("ray.serve")
@@ -101,20 +101,18 @@ class Uploads:
     ) -> dict[str, Any]:
         loop = asyncio.get_running_loop()
         staging, source = await loop.run_in_executor(self._threads, stage)
-        lost = False
         try:
             return await self._catalog.publish(task, staging, source=source, **change)
         except (AdapterRefused, AdapterIncomplete) as error:
             # Of a folder in the store it may be mended by waiting; an upload stays what it is.
             problem = to_problem(error)
             raise BadInput(problem.detail if problem else str(error)) from None
-        except CatalogLost:
-            lost = True
+        except Unsure:
+            raise  # the staging stays, for whoever clears up
+        except NotReady:
+            # The catalog may not have been reached, who discards what it was given.
+            await loop.run_in_executor(self._threads, self._store.discard, staging)
             raise
-        finally:
-            # The catalog that comes back needs a staging to see what the last one was about.
-            if not lost:
-                await loop.run_in_executor(self._threads, self._store.discard, staging)
 
 
 def to_files(form: FormData) -> dict[str, BinaryIO]:

@@ -308,7 +308,7 @@ async def test_a_version_in_use_is_not_deleted_and_another_goes_with_its_files(
         await world.changes.delete("mood", first, by="us", if_match=None)
     await world.changes.delete("mood", second, by="us", if_match=None)
     assert world.record.doomed == (second,)
-    with pytest.raises(NotReady, match="being deleted"):
+    with pytest.raises(NotReady, match="being deleted; try again in a few seconds"):
         await world.publish(2)
     await world.upkeep._purge()
     assert world.record.doomed == ()
