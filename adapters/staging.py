@@ -14,7 +14,6 @@ FOLDER = ".staging"
 FILES = "files"
 MARKER = "publishing.json"
 MAX_MARKER_BYTES = 1024
-STAGED = READ
 STAGING_NAME = re.compile(r"[0-9a-f]{32}")
 _CHUNK_BYTES = 2**20
 

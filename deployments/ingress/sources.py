@@ -15,8 +15,7 @@ from typing import Any
 import fsspec
 
 from adapters.errors import AdapterError
-from adapters.staging import STAGED
-from adapters.store import CONFIG, Store
+from adapters.store import CONFIG, READ, Store
 from deployments.errors import BadInput, Forbidden, NotReady, RequestError
 from deployments.ingress.hub import Hub
 from deployments.ingress.remote import CHUNK_BYTES, Allowance, Download, RemoteFile
@@ -83,7 +82,7 @@ class Sources:
         if source.scheme != "hf":
             return source, _find_objects(source)
         assert self._hub is not None  # one of the prefixes was the hub's
-        found, files = self._hub.find(source, STAGED)
+        found, files = self._hub.find(source, READ)
         if found.repository != source.repository:
             moved = source.path.replace(source.repository, found.repository, 1)
             self._check(Source("hf", moved), source)
@@ -105,7 +104,7 @@ class Sources:
             if source.begins_with(prefix)
         ]
         files = []
-        for name in STAGED:
+        for name in READ:
             path = os.path.join(folder, name)
             outside = Forbidden(f"{name} of {source} lies outside of allowed_sources, by a link")
             # Before it is opened too, so that nobody learns what there is and what is not.
@@ -132,9 +131,9 @@ def _is_below(path: str, roots: Sequence[str]) -> bool:
 def _find_objects(source: Source) -> list[RemoteFile]:
     """Ask an object store for the files that an adapter may have, whatever else lies there."""
     system = fsspec.filesystem(source.scheme, use_listings_cache=False)
-    with ThreadPoolExecutor(len(STAGED)) as threads:
-        asked = threads.map(partial(_size, system), [f"{source.path}/{name}" for name in STAGED])
-        sizes = dict(zip(STAGED, asked, strict=True))
+    with ThreadPoolExecutor(len(READ)) as threads:
+        asked = threads.map(partial(_size, system), [f"{source.path}/{name}" for name in READ])
+        sizes = dict(zip(READ, asked, strict=True))
     if not any(size is not None for size in sizes.values()):
         system.info(source.path)  # FileNotFoundError if there is nothing below it either
 

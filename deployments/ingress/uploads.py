@@ -12,8 +12,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.requests import ClientDisconnect, Request
 
 from adapters.errors import TASK_NAME, AdapterIncomplete, AdapterRefused, TaskNotFound
-from adapters.staging import STAGED
-from adapters.store import Store
+from adapters.store import READ, Store
 from deployments.errors import BadInput, NotReady, Unsure, to_problem
 from deployments.ingress.catalog import Catalog
 from deployments.ingress.sources import Sources
@@ -55,7 +54,7 @@ class Uploads:
             raise BadInput(f"send multipart/form-data, with a part named {_PART!r} for each file")
         try:
             # One over, so that what is too much is named by us.
-            async with request.form(max_files=len(STAGED) + 1, max_fields=1) as form:
+            async with request.form(max_files=len(READ) + 1, max_fields=1) as form:
                 files = to_files(form)
 
                 def stage() -> tuple[str, str]:
@@ -126,7 +125,7 @@ def to_files(form: FormData) -> dict[str, BinaryIO]:
     for part, value in form.multi_items():
         if part != _PART or not isinstance(value, UploadFile):
             problems.append(f"the part {part!r} is not a file named {_PART!r}")
-        elif (name := value.filename or "") not in STAGED:
+        elif (name := value.filename or "") not in READ:
             odd.append(name)
         elif name in files:
             problems.append(f"{name} comes twice")
@@ -134,7 +133,7 @@ def to_files(form: FormData) -> dict[str, BinaryIO]:
             files[name] = value.file
     if odd:
         told = ", ".join(repr(name[:100]) for name in odd)
-        problems.append(f"it has {told}, and takes only {', '.join(STAGED)}, without a folder")
+        problems.append(f"it has {told}, and takes only {', '.join(READ)}, without a folder")
     if not files and not problems:
         problems.append(f"it has no file; send a part named {_PART!r} for each")
     if problems:
