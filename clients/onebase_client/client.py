@@ -11,12 +11,12 @@ from contextlib import ExitStack
 from os import PathLike
 from types import TracebackType
 from typing import Any, BinaryIO, Self
-from urllib.parse import quote, urlencode
 
 import httpx2
 
 from onebase_client.files import open_files
 from onebase_client.refusal import OnebaseError, json_object, refusal
+from onebase_client.routes import part, query, route
 
 _PAGE = 1000
 
@@ -81,7 +81,7 @@ class Client:
             httpx2.TransportError: No answer came.
         """
         body, headers = _asked(texts, return_scores, threshold, routing_key)
-        return self._ask("POST", f"{_route(task)}/predict", json=body, headers=headers)
+        return self._ask("POST", f"{route(task)}/predict", json=body, headers=headers)
 
     def predict_many(
         self,
@@ -114,7 +114,7 @@ class Client:
         answer = self._ask("GET", "/v1/tasks")
         tasks: list[dict[str, Any]] = answer["tasks"]
         while "next" in answer:
-            answer = self._ask("GET", f"/v1/tasks{_query(after=answer['next'])}")
+            answer = self._ask("GET", f"/v1/tasks{query(after=answer['next'])}")
             tasks += answer["tasks"]
         return tasks
 
@@ -126,7 +126,7 @@ class Client:
                 something else than JSON.
             httpx2.TransportError: No answer came.
         """
-        return self._ask("GET", _route(name))
+        return self._ask("GET", route(name))
 
     def upload(
         self,
@@ -156,7 +156,7 @@ class Client:
         with ExitStack() as opened:
             parts = [("files", part) for part in open_files(files, opened)]
             return self._change(
-                "PUT", f"{_route(task)}/versions{_query(activate=activate)}", if_match, files=parts
+                "PUT", f"{route(task)}/versions{query(activate=activate)}", if_match, files=parts
             )
 
     def add(
@@ -167,7 +167,7 @@ class Client:
         Arguments and errors are those of `upload`; 403 is also a source that it may not fetch.
         """
         body = {"source": source, "activate": activate}
-        return self._change("POST", f"{_route(task)}/versions", if_match, json=body)
+        return self._change("POST", f"{route(task)}/versions", if_match, json=body)
 
     def update(self, task: str, *, if_match: int | None = None, **patch: Any) -> dict[str, Any]:
         """Changes what a task does, of which what is not given stays.
@@ -181,11 +181,11 @@ class Client:
             OnebaseError: As `upload`.
             httpx2.TransportError: As `upload`.
         """
-        return self._change("PATCH", _route(task), if_match, json=patch)
+        return self._change("PATCH", route(task), if_match, json=patch)
 
     def rollback(self, task: str, *, if_match: int | None = None) -> dict[str, Any]:
         """Lets the version answer that was active before; errors are those of `upload`."""
-        return self._change("POST", f"{_route(task)}/rollback", if_match)
+        return self._change("POST", f"{route(task)}/rollback", if_match)
 
     def delete(
         self, task: str, version: str | None = None, *, if_match: int | None = None
@@ -194,8 +194,8 @@ class Client:
 
         A version that may still be asked for is refused with status 409.
         """
-        route = _route(task) if version is None else f"{_route(task)}/versions/{_part(version)}"
-        return self._change("DELETE", route, if_match)
+        path = route(task) if version is None else f"{route(task)}/versions/{part(version)}"
+        return self._change("DELETE", path, if_match)
 
     def history(self, task: str | None = None, *, limit: int = 100) -> list[dict[str, Any]]:
         """Returns the last changes of a task or of all: who, when, what; the newest first.
@@ -208,8 +208,8 @@ class Client:
         before: int | None = None
         while len(changes) < limit:
             page = min(limit - len(changes), _PAGE)
-            query = _query(task=task, before=before, limit=page)
-            answer = self._ask("GET", f"/v1/history{query}")
+            asked = query(task=task, before=before, limit=page)
+            answer = self._ask("GET", f"/v1/history{asked}")
             changes += answer["changes"]
             before = answer.get("next")
             if before is None:
@@ -223,10 +223,10 @@ class Client:
             OnebaseError: The server refused, or answered with something else than JSON.
             httpx2.TransportError: No answer came.
         """
-        answer = self._ask("GET", f"/v1/residency{_query(limit=_PAGE)}")
+        answer = self._ask("GET", f"/v1/residency{query(limit=_PAGE)}")
         versions = answer["versions"]
         while "next" in answer:
-            answer = self._ask("GET", f"/v1/residency{_query(limit=_PAGE, after=answer['next'])}")
+            answer = self._ask("GET", f"/v1/residency{query(limit=_PAGE, after=answer['next'])}")
             versions += answer["versions"]
         return {"replicas": answer["replicas"], "versions": versions}
 
@@ -246,15 +246,15 @@ class Client:
         self.close()
 
     def _change(
-        self, method: str, route: str, if_match: int | None, **content: Any
+        self, method: str, path: str, if_match: int | None, **content: Any
     ) -> dict[str, Any]:
         headers = {} if if_match is None else {"if-match": f'"{if_match}"'}
         timeout_s = self._change_timeout_s
-        return self._ask(method, route, headers=headers, timeout=timeout_s, **content)
+        return self._ask(method, path, headers=headers, timeout=timeout_s, **content)
 
-    def _ask(self, method: str, route: str, **content: Any) -> dict[str, Any]:
+    def _ask(self, method: str, path: str, **content: Any) -> dict[str, Any]:
         """Returns the JSON object that the server answers with, or raises its refusal."""
-        response = self._http.request(method, route, **content)
+        response = self._http.request(method, path, **content)
         answer = json_object(response)
         if not response.is_success:
             raise refusal(response, answer or {})
@@ -276,27 +276,3 @@ def _asked(
     if threshold is not None:
         body["threshold"] = threshold
     return body, {} if routing_key is None else {"x-routing-key": routing_key}
-
-
-def _route(task: str) -> str:
-    """Returns the route of a task, whatever characters its name has."""
-    if not task:
-        raise ValueError("A task's name cannot be empty.")
-    return f"/v1/tasks/{_part(task)}"
-
-
-def _part(name: str) -> str:
-    """Returns a name as one part of a path; of dots alone it would be none, and cannot be sent."""
-    if not name.strip("."):
-        raise ValueError(f"{name!r} names nothing.")
-    return quote(name, safe="@")
-
-
-def _query(**given: str | int | None) -> str:
-    """Returns the query of what is not None."""
-    said = {
-        name: str(value).lower() if isinstance(value, bool) else value
-        for name, value in given.items()
-        if value is not None
-    }
-    return f"?{urlencode(said, quote_via=quote)}" if said else ""
