@@ -7,7 +7,7 @@ import httpx2
 import pytest
 
 from adapters.directory import Directory
-from adapters.staging import STAGED
+from adapters.store import READ
 from onebase_client import Client, OnebaseError
 from onebase_client.files import NAMES
 from tests.ingress.server import Server, serve
@@ -144,7 +144,7 @@ def test_residency_is_one_answer_however_many_pages_it_fills() -> None:
 
 
 def test_the_client_knows_the_files_that_the_store_takes() -> None:
-    assert sorted(NAMES) == sorted(STAGED)
+    assert sorted(NAMES) == sorted(READ)
 
 
 def test_a_folder_without_an_adapter_is_not_sent(tmp_path: Path) -> None:
