@@ -25,6 +25,7 @@ from deployments.model.engine import BadRow, EmptySlot, Engine, Loaded
 from deployments.model.facts import to_facts
 from deployments.model.memory import take_stock
 from deployments.model.residents import Residents
+from deployments.model.scores import are_finite
 from deployments.model.threads import forward_threads
 from deployments.model.together import each_alone
 from deployments.model.vocabulary import export_vocabulary, to_pages
@@ -286,7 +287,9 @@ def _make_engine(args: Args) -> Engine:
 def _as_data(answer: Prediction | BaseException) -> list[float] | list[list[float]] | str:
     """Return a row's scores, or a sentence where it alone failed."""
     if isinstance(answer, Prediction):
-        return answer.scores
+        if are_finite(answer.scores):
+            return answer.scores
+        return "its scores are no numbers (NaN or infinity): the adapter's weights are broken"
     if isinstance(answer, EmptySlot):  # not the caller's fault, and another replica can answer
         raise BatchLoopDied(str(answer)) from answer
     if isinstance(answer, BadRow):

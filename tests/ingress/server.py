@@ -97,7 +97,9 @@ def serve(
     max_upload_bytes: int = 2**24,
 ) -> Iterator[Server]:
     """Listen on a free port until the block ends; `host` is what the rule of access is told."""
-    with httpx2.Client(timeout=30, trust_env=False) as http:
+    # A connection each: one that an answer has closed must not be taken for the next request.
+    limits = httpx2.Limits(max_keepalive_connections=0)
+    with httpx2.Client(timeout=30, trust_env=False, limits=limits) as http:
         server = Server(Catalog(store), http)
         api = make_api(
             None, None, default_task=None, max_body_bytes=4096, max_upload_bytes=max_upload_bytes

@@ -183,7 +183,8 @@ class Changer:
             chosen = self._rng.choice(versions)
             return httpx2.patch(path, json={"active": chosen}, timeout=60)
         if kind == "split":
-            some = self._rng.sample(versions, min(len(versions), 2))
+            beside = [version for version in versions if version != told["active"]]
+            some = self._rng.sample(beside, min(len(beside), 2))
             return httpx2.patch(path, json={"traffic": dict.fromkeys(some, 0.3)}, timeout=60)
         if kind == "rollback":
             return httpx2.post(f"{path}/rollback", timeout=60)
