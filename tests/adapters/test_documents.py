@@ -231,6 +231,7 @@ def test_s3_of_other_makers_says_no_in_its_own_words(s3: S3, bucket: str, status
     assert documents.read("catalog/1.json") == b"one"
 
 
+@pytest.mark.slow  # s3fs asks five times, 15 s each
 def test_a_store_that_is_away_is_an_os_error(s3: S3, bucket: str) -> None:
     def fall(app: Any, environ: dict[str, Any], start: Any) -> Any:
         raise ConnectionResetError
