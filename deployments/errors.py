@@ -7,7 +7,8 @@
     ├── Stale        412  a change to a task that another one has changed since
     ├── TooLarge     413  its body is over the limit
     ├── BadInput     422  the request says something that cannot be answered
-    └── NotReady     503  no replica can answer at the moment
+    ├── NotReady     503  no replica can answer at the moment
+    └── TooLate      504  its deadline passed before it was answered
     BatchLoopDied   503  the replica that was asked can answer nothing any more
     AdapterError         (adapters/errors.py) 404 unknown, 413 too large, 503 for that task alone
 
@@ -67,6 +68,10 @@ class NotReady(RequestError):
     """No replica can answer at the moment."""
 
 
+class TooLate(RequestError):
+    """The deadline passed before the answer was there."""
+
+
 class BatchLoopDied(RuntimeError):
     """The batch loop ended; no row can be answered by this replica any more."""
 
@@ -108,6 +113,7 @@ _BUILTINS: dict[int, type[Exception]] = {
     412: ValueError,
     413: ValueError,
     422: ValueError,
+    504: TimeoutError,
 }
 
 _TABLE: dict[type[Exception], tuple[int, str, int | None]] = {
@@ -118,6 +124,7 @@ _TABLE: dict[type[Exception], tuple[int, str, int | None]] = {
     BadInput: (422, "Invalid request", None),
     TooLarge: (413, "Request too large", None),
     NotReady: (503, "Not ready", 1),
+    TooLate: (504, "Deadline passed", None),
     BatchLoopDied: (503, "Not ready", 1),
     TaskNotFound: (404, "Unknown task", None),
     VersionNotFound: (404, "Unknown version", None),
