@@ -26,6 +26,7 @@ from deployments.errors import (
     RequestError,
     Stale,
     TooLarge,
+    TooLate,
     Unauthorized,
     to_problem,
 )
@@ -47,6 +48,7 @@ ERRORS = [
     (BadInput("texts is empty"), 422, ValueError),
     (TooLarge("the body is over 5 bytes"), 413, ValueError),
     (NotReady("no replica runs"), 503, RuntimeError),
+    (TooLate("the deadline passed"), 504, TimeoutError),
 ]
 RETRIED = (AdapterIncomplete, AdapterChanged, StoreUnreachable, NotReady)
 

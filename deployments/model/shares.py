@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,11 +20,15 @@ from deployments.model.waiter import Waiter, Waits
 
 # Of the tokens, while all of them wait: 16/21, 4/21, 1/21. Within that a higher one goes at once.
 WEIGHTS: dict[Priority, int] = {"high": 16, "normal": 4, "low": 1}
-# Rows of a request are alike until it has had more than this of its task's service: the first
-# tokens of a long one go as if it were short, and the others have a choice of lengths to go with.
-_FINEST_TOKENS, _COARSEST_TOKENS = 64, 4096
+# Beside other requests of its task, a request has its turn for so many tokens at a time: of those
+# the ones go that fit best. Short ones have their turns in the order they came.
+_TURN_TOKENS = 256
+# Beside more requests than these it waits no longer: else it would for ever, as more and more come.
+_MOST_BESIDE = 16
 # A batch is filled in so many turns, in each of which everyone may have a part of it.
 _TURNS = 8
+# Of more tasks than these, the others only have what they leave.
+_MOST_COMPARED = 128
 
 
 class Starts(Protocol):
@@ -46,7 +51,7 @@ class _Task:
 
     Attributes:
         served: Tokens that went, on the level's clock.
-        clock: What each of its requests has had, if each had the same.
+        clock: What each of its requests has had, if each had the same and they are not many.
         heaps: Rows by length; of each (when it is due on the clock, number, row).
     """
 
@@ -108,7 +113,7 @@ class Shares:
         request.num_rows += 1
         task.num_rows += 1
         self._number += 1
-        due = request.start + _rounded(request.num_tokens)
+        due = request.start + -(-request.num_tokens // _TURN_TOKENS) * _TURN_TOKENS
         heapq.heappush(task.heaps.setdefault(length, []), (due, self._number, waiter))
         self._at.setdefault(length, {})[task] = None
         waiter.gone = False
@@ -148,22 +153,39 @@ class Shares:
         length = task.first()
         filling = planner.start(length)
         taken.append(self._pop(task, length))
+        tasks = [task for level in waiting for task in level.tasks.values()]
+        if len(tasks) > _MOST_COMPARED:
+            tasks = heapq.nsmallest(_MOST_COMPARED, tasks, key=self._ahead)
         limit, lengths = 0.0, filling.near(self._at)
         while lengths and not filling.full:
             limit += filling.max_tokens / _TURNS
-            lags = {length: self._fill(filling, length, limit, taken) for length in lengths}
-            lengths = [length for length in lengths if lags[length] < math.inf]
+            lags = {n: self._fill(filling, n, tasks, limit, taken) for n in lengths}
+            lengths = [n for n in lengths if lags[n] < math.inf]
             limit = max(limit, min(lags.values()))
+        for length in filling.near(self._at):
+            for task in list(self._at.get(length, ())):
+                while length in task.heaps and filling.offer(length):
+                    taken.append(self._pop(task, length))
 
-    def _fill(self, filling: Filling, length: int, limit: float, taken: list[Waiter]) -> float:
-        """Take rows of a length, of those that have had no more than a limit over their share.
+    def _fill(
+        self,
+        filling: Filling,
+        length: int,
+        tasks: Sequence[_Task],
+        limit: float,
+        taken: list[Waiter],
+    ) -> float:
+        """Take rows of a length, of tasks that have had no more than a limit over their share.
 
         Returns:
             How much more the next one has had, in tokens; infinite if none of that length can go.
         """
+        if not filling.fits(length):
+            return math.inf
         lags = [
             (self._lag(task, length), -task.level.weight, task.name, task)
-            for task in self._at.get(length, ())
+            for task in tasks
+            if length in task.heaps
         ]
         heapq.heapify(lags)
         while lags and filling.fits(length):
@@ -180,14 +202,18 @@ class Shares:
 
     def _lag(self, task: _Task, length: int) -> float:
         """Return how many tokens over its share a row is: as priority, as task or as request."""
-        level = task.level
-        due = task.heaps[length][0][0]
-        return max(level.served - self._clock, task.served - level.clock, due - task.clock)
+        lag = self._ahead(task)
+        if len(task.requests) == 1:  # nobody is kept waiting by whichever of its rows go
+            return lag
+        return max(lag, task.heaps[length][0][0] - task.clock)
+
+    def _ahead(self, task: _Task) -> float:
+        return max(task.level.served - self._clock, task.served - task.level.clock)
 
     def _pop(self, task: _Task, length: int) -> Waiter:
         """Take the first row of a task and length, and count it as its service."""
         waiter = heapq.heappop(task.heaps[length])[2]
-        task.clock += length / len(task.requests)
+        task.clock += length / min(len(task.requests), _MOST_BESIDE)
         task.served += length
         task.level.served += length / task.level.weight
         self._forget(waiter, task)
@@ -260,10 +286,3 @@ class Shares:
             heap[:] = [one for one in heap if not one[2].gone]
             heapq.heapify(heap)
         self._num_gone = 0
-
-
-def _rounded(num_tokens: int) -> int:
-    """Round up to a power of two, and beyond the coarsest to a multiple of it."""
-    if num_tokens > _COARSEST_TOKENS:
-        return -(-num_tokens // _COARSEST_TOKENS) * _COARSEST_TOKENS
-    return max(_FINEST_TOKENS, 1 << (num_tokens - 1).bit_length())
