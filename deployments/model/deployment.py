@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,7 +49,7 @@ class Model:
 
     async def __init__(self, args: Args) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         """Load the base; the replica takes traffic when this returns."""
-        self.health = Health()
+        self.health = Health(end=lambda: os._exit(1))
         threads = forward_threads(args, _num_nodes())
         # Thread counts are a thread's own, and Ray would leave this one a single core.
         self._device = ThreadPoolExecutor(1, "forward", torch.set_num_threads, (threads,))

@@ -67,26 +67,6 @@ class BatchQueue:
         """For how many seconds the running forward has run, 0 if none runs."""
         return 0.0 if self._began_s is None else time.monotonic() - self._began_s
 
-    def submit(self, row: Any) -> Waiter:
-        """Let a row wait; its `answer` is the future of it. See `drop`.
-
-        Raises:
-            BatchLoopDied: The loop has ended.
-        """
-        if not self.alive:
-            raise BatchLoopDied("the batch loop has ended")
-        waiter = Waiter(row, asyncio.get_running_loop().create_future())
-        self._waiting.add(waiter)
-        if row.deadline_s is not None:
-            heapq.heappush(self._deadlines, (row.deadline_s, next(self._numbers), waiter))
-        self._wake.set()
-        return waiter
-
-    def drop(self, waiter: Waiter) -> None:
-        """Give a row up; it does not run unless its forward has begun."""
-        self._waiting.discard(waiter)
-        waiter.answer.cancel()
-
     async def put(self, row: Any) -> Any:
         """Wait for a row's answer; cancelling this drops the row if its forward has not begun.
 
@@ -94,11 +74,23 @@ class BatchQueue:
             BatchLoopDied: The loop has ended, before or while the row waited.
             TooLate: Its deadline passed before its forward.
         """
-        waiter = self.submit(row)
-        try:
-            return await waiter.answer
-        finally:
-            self._waiting.discard(waiter)
+        return await self.enter(row)
+
+    def enter(self, row: Any) -> asyncio.Future[Any]:
+        """Put a row into the queue and return the future of its answer; raises as `put`.
+
+        Cancelling that drops the row, if its forward has not begun.
+        """
+        if not self.alive:
+            raise BatchLoopDied("the batch loop has ended")
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        waiter = Waiter(row, answer)
+        self._waiting.add(waiter)
+        answer.add_done_callback(lambda _: self._waiting.discard(waiter))
+        if row.deadline_s is not None:
+            heapq.heappush(self._deadlines, (row.deadline_s, next(self._numbers), waiter))
+        self._wake.set()
+        return answer
 
     async def _run(self) -> None:
         while True:
@@ -195,16 +187,30 @@ def dynamic_batch(
     """
     name = f"_{forward.__name__}_queue"
 
-    @functools.wraps(forward)
-    async def one(self: Any, row: R) -> A:
-        queue = getattr(self, name, None)
+    def make(self: Any) -> BatchQueue:
+        queue: BatchQueue | None = getattr(self, name, None)
         if queue is None:
             queue = BatchQueue(functools.partial(forward, self), self.planner)
             setattr(self, name, queue)
-        return await queue.put(row)  # type: ignore[no-any-return]
+        return queue
+
+    @functools.wraps(forward)
+    async def one(self: Any, row: R) -> A:
+        return await make(self).put(row)  # type: ignore[no-any-return]
 
     one.queue_of = lambda self: getattr(self, name, None)  # type: ignore[attr-defined]
+    one.make_queue = make  # type: ignore[attr-defined]
     return one
+
+
+def enter(method: Any, row: Any) -> asyncio.Future[Any]:
+    """Put a row into the queue of a bound `@dynamic_batch` method, without a task that waits.
+
+    Raises:
+        BatchLoopDied: The loop has ended; the future fails likewise if it ends later.
+    """
+    queue: BatchQueue = method.__func__.make_queue(method.__self__)
+    return queue.enter(row)
 
 
 def batch_queue(method: Any) -> BatchQueue | None:

@@ -52,6 +52,8 @@ async def test_a_forward_that_hangs_fails_the_check_and_all_rows(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     let_go = threading.Event()
+    ended: list[bool] = []
+    model.health = Health(hung_s=0.2, end=lambda: ended.append(True))
     monkeypatch.setattr(model.engine, "predict", lambda rows: [let_go.wait(30)] * len(rows))
     calls = [asyncio.ensure_future(model.answer(GOOD))]
     await asyncio.sleep(0.05)
@@ -68,6 +70,9 @@ async def test_a_forward_that_hangs_fails_the_check_and_all_rows(
         await model.answer(GOOD)
     with pytest.raises(RuntimeError, match="forward has not ended"):
         await model.check_health()
+    assert not ended, "before its callers are told"
+    await asyncio.sleep(1.1)
+    assert ended == [True]
     let_go.set()
 
 

@@ -64,6 +64,6 @@ def test_a_hung_forward_is_noticed_and_its_replica_replaced(
         print(f"told after {told_s:.1f} s, replaced after {time.monotonic() - started_s:.1f} s")
         assert once.exists()
         assert told_s < 20  # 10 s until it counts as hung, a check, and a try elsewhere
-        assert time.monotonic() < started_s + 45
+        assert time.monotonic() < started_s + 28  # it is not waited for what hangs
     finally:
         serve.delete("hung")
