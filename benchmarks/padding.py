@@ -102,13 +102,13 @@ def run_planned(engine: Engine, rows: Sequence[Row], depth: int) -> list[list[Ro
 
     def wait(num_rows: int) -> None:
         for row in itertools.islice(coming, num_rows):
-            shares.add(Waiter(replace(row, share=str(row.slot), request=id(row))))
+            shares.add(Waiter(replace(row, share=str(row.slot), request=id(row)), row))
 
     wait(depth)
     while shares:
         taken: list[Waiter] = []
         shares.take(planner, taken)
-        batch = [waiter.row for waiter in taken]
+        batch = [waiter.answer for waiter in taken]
         wait(len(batch))
         seconds = timed(partial(engine.predict, batch))
         planner.note([row.num_tokens for row in batch], seconds)

@@ -252,7 +252,7 @@ class Model:
                 return
             if writing.exception() is not None:
                 # The slot is empty now: rows for it fail, and none is answered by another adapter.
-                self.health.lose("an adapter could not be written into its slot")
+                self.health.lose("the device took no adapter into a slot")
                 logger.error("adapter=%s was not written", name, exc_info=writing.exception())
                 return
             taken_ms = 1e3 * (time.perf_counter() - started_s)
