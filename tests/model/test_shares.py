@@ -221,3 +221,16 @@ def test_a_planner_that_raises_loses_no_row() -> None:
         shares.take(Fails(), taken)
     assert [*taken, *shares.clear()] == waiters
     assert len(shares) == shares.num_tokens == 0
+
+
+def test_a_long_request_ends_though_single_texts_of_its_task_never_do() -> None:
+    shares = Shares()
+    waiters = wait(shares, *[Item(20, "mine", next(NUMBERS))] * 100)
+    wait(shares, *singles("mine", 40))
+    num_batches = 0
+    while not all(waiter.gone for waiter in waiters):
+        taken = take(shares)
+        wait(shares, *singles("mine", len(taken)))  # forty of them wait at any time
+        num_batches += 1
+        assert num_batches < 400
+    assert num_batches > 20  # and it does not go before all of them
