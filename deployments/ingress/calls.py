@@ -11,11 +11,13 @@ from deployments.rows import Facts
 from deployments.tokens import Encoded
 
 # Of one handle call: its messages are capped at 4 MB in throughput mode, both ways.
-_MAX_CALL_TOKENS = 2**18
-_MAX_CALL_SCORES = 2**18
+MAX_CALL_TOKENS = 2**18
+MAX_CALL_SCORES = 2**18
 
 Answers = list[list[float] | list[list[float]] | str]
 Encodings = list[tuple[list[int], list[int] | None]]
+Asked = tuple[str, str, ProblemType, Encodings]
+"""What `AskModel` is called with."""
 
 
 class AskModel(Protocol):
@@ -27,28 +29,44 @@ class AskModel(Protocol):
         """Answer inputs of one task and version."""
 
 
+class AskTogether(Protocol):
+    """How a replica is asked for several at once; see `Model.predict_together`."""
+
+    def __call__(self, asked: Sequence[Asked]) -> Awaitable[Sequence[Answers | Exception]]:
+        """Answer inputs of several tasks and versions; each has answers or an error of its own."""
+
+
 async def answer_rows(ask: AskModel, facts: Facts, rows: Sequence[Encoded]) -> Answers:
     """Ask the model, in several calls if one would be too large."""
     parts = await asyncio.gather(
         *(
             ask(facts["task"], facts["version"], facts["problem_type"], part)
-            for part in _parts(facts, rows)
+            for part in parts_of(facts, rows)
         )
     )
     return [answer for part in parts for answer in part]
 
 
-def _parts(facts: Facts, rows: Sequence[Encoded]) -> list[Encodings]:
+def parts_of(facts: Facts, rows: Sequence[Encoded]) -> list[Encodings]:
     """Part rows into calls of which none is too large, nor its answer."""
     calls: list[Encodings] = []
     num_tokens = num_scores = 0
-    of_tokens = facts["problem_type"] == "token_classification"
     for row in rows:
-        length = len(row.tokens.ids)
-        scores = len(facts["labels"]) * (length if of_tokens else 1)
+        length, scores = _size(facts, len(row.tokens.ids))
         num_tokens, num_scores = num_tokens + length, num_scores + scores
-        if not calls or num_tokens > _MAX_CALL_TOKENS or num_scores > _MAX_CALL_SCORES:
+        if not calls or num_tokens > MAX_CALL_TOKENS or num_scores > MAX_CALL_SCORES:
             calls.append([])
             num_tokens, num_scores = length, scores
         calls[-1].append((row.tokens.ids, row.tokens.type_ids))
     return calls
+
+
+def count(facts: Facts, inputs: Encodings) -> tuple[int, int]:
+    """Return the tokens of inputs, and the scores that answer them."""
+    sizes = [_size(facts, len(ids)) for ids, _ in inputs]
+    return sum(tokens for tokens, _ in sizes), sum(scores for _, scores in sizes)
+
+
+def _size(facts: Facts, length: int) -> tuple[int, int]:
+    of_tokens = facts["problem_type"] == "token_classification"
+    return length, len(facts["labels"]) * (length if of_tokens else 1)

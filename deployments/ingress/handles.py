@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import orjson
@@ -14,8 +14,8 @@ from ray.serve.handle import DeploymentHandle
 
 from adapters.rules import ProblemType
 from deployments.errors import BatchLoopDied, NotReady
-from deployments.ingress.calls import Answers, Encodings
-from deployments.ingress.changes import CatalogLost
+from deployments.ingress.calls import Answers, Asked, Encodings
+from deployments.ingress.catalog import CatalogLost
 from deployments.rows import Facts
 from deployments.tokens import Vocabulary
 
@@ -57,6 +57,13 @@ class ModelHandle:
         )
         return answers
 
+    async def predict_together(self, asked: Sequence[Asked]) -> list[Answers | Exception]:
+        """Have inputs of several tasks answered, in the same batches."""
+        told: list[Answers | Exception] = await _reach(
+            lambda: self._handle.predict_together.remote([*asked])
+        )
+        return told
+
     async def residency(self, after: str, limit: int) -> list[dict[str, Any]]:
         """Ask all replicas what they hold; one that is lost meanwhile is left out."""
         try:
@@ -68,7 +75,7 @@ class ModelHandle:
 
 
 class CatalogHandle:
-    """The catalog's one replica; a `changes.Catalog`."""
+    """The catalog's one replica; a `catalog.Catalog`."""
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         """Take Serve's handle."""
@@ -81,31 +88,31 @@ class CatalogHandle:
         return page
 
     async def publish(self, task: str, staging: str, **given: Any) -> dict[str, Any]:
-        """See `changes.Catalog.publish`."""
+        """See `catalog.Catalog.publish`."""
         return await self._change(lambda: self._handle.publish.remote(task, staging, **given))
 
     async def patch(self, task: str, patch: Mapping[str, Any], **given: Any) -> dict[str, Any]:
-        """See `changes.Catalog.patch`."""
+        """See `catalog.Catalog.patch`."""
         return await self._change(lambda: self._handle.patch.remote(task, dict(patch), **given))
 
     async def rollback(self, task: str, **given: Any) -> dict[str, Any]:
-        """See `changes.Catalog.rollback`."""
+        """See `catalog.Catalog.rollback`."""
         return await self._change(lambda: self._handle.rollback.remote(task, **given))
 
     async def delete(self, task: str, version: str | None, **given: Any) -> dict[str, Any]:
-        """See `changes.Catalog.delete`."""
+        """See `catalog.Catalog.delete`."""
         return await self._change(lambda: self._handle.delete.remote(task, version, **given))
 
     async def revision(self, n: int) -> dict[str, Any]:
-        """See `changes.Catalog.revision`."""
+        """See `catalog.Catalog.revision`."""
         answer: dict[str, Any] = await self._read(lambda: self._handle.revision.remote(n))
         return answer
 
     async def history(
         self, task: str | None, before: int | None, limit: int
-    ) -> list[dict[str, Any]]:
-        """See `changes.Catalog.history`."""
-        answer: list[dict[str, Any]] = await self._read(
+    ) -> tuple[list[dict[str, Any]], bool]:
+        """See `catalog.Catalog.history`."""
+        answer: tuple[list[dict[str, Any]], bool] = await self._read(
             lambda: self._handle.history.remote(task, before, limit)
         )
         return answer

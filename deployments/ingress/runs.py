@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from deployments.ingress.calls import AskModel, answer_rows
-from deployments.ingress.inputs import encode, to_inputs
+from deployments.ingress.inputs import Given, encode, to_inputs
 from deployments.ingress.results import Run
 from deployments.ingress.wire import PredictRequest
 from deployments.rows import Facts
-from deployments.tokens import Tokenizer
+from deployments.tokens import Encoded, Tokenizer
 
 # Requests that are tokenised at a time: one is a core's work, and a large one lets small ones pass.
 _ENCODERS = 2
 # What decides how a text becomes tokens. Two versions that agree in it read the same ones.
-_READING = ("max_length", "truncation", "stride", "pair")
+READING = ("max_length", "truncation", "stride", "pair")
 
 
 class Runs:
@@ -41,15 +42,21 @@ class Runs:
         """
         inputs = to_inputs(facts, request)
         started_s = time.perf_counter()
-        encoded = await asyncio.get_running_loop().run_in_executor(
-            self._encoders, encode, self._tokenizer, facts, inputs, self._max_rows
-        )
+        encoded = await self.read(facts, inputs, self._max_rows)
         encoded_s = time.perf_counter()
         rows = [row for windows in encoded if not isinstance(windows, str) for row in windows]
         answers = await answer_rows(self._ask, facts, rows)
         answered_s = time.perf_counter()
         return Run(
             facts, request, inputs, encoded, answers, encoded_s - started_s, answered_s - encoded_s
+        )
+
+    async def read(
+        self, facts: Facts, inputs: Sequence[Given], max_rows: int
+    ) -> list[list[Encoded] | str]:
+        """Turn inputs into tokens off the event loop; see `inputs.encode`."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._encoders, encode, self._tokenizer, facts, inputs, max_rows
         )
 
     async def run_again(self, facts: Facts, run: Run, max_rows: int) -> Run | None:
@@ -74,4 +81,4 @@ class Runs:
 
 def _read_alike(one: Facts, other: Facts) -> bool:
     of_tokens = [facts["problem_type"] == "token_classification" for facts in (one, other)]
-    return of_tokens[0] == of_tokens[1] and all(one[key] == other[key] for key in _READING)  # type: ignore[literal-required]
+    return of_tokens[0] == of_tokens[1] and all(one[key] == other[key] for key in READING)  # type: ignore[literal-required]

@@ -13,8 +13,6 @@ from typing import Any, TypeVar
 
 import ray
 import torch
-from ray import serve
-from ray.serve.exceptions import RayServeException
 
 from adapters.documents import open_documents
 from adapters.rules import Priority, ProblemType
@@ -25,11 +23,13 @@ from deployments.model.budget import make_planner
 from deployments.model.dynamic_batch import batch_queue, dynamic_batch
 from deployments.model.engine import BadRow, DoesNotFit, Loaded, make_engine
 from deployments.model.facts import to_facts
+from deployments.model.handles import catalog_poll, replica_name
 from deployments.model.health import Health
 from deployments.model.memory import take_stock
 from deployments.model.residents import Residents
 from deployments.model.scores import NoNumber
 from deployments.model.threads import forward_threads
+from deployments.model.together import each_alone
 from deployments.model.vocabulary import export_vocabulary, to_pages
 from deployments.rows import Facts, Prediction, Row, Tokens
 from deployments.scaling import ANSWERED, QUEUED, SPEED
@@ -127,6 +127,10 @@ class Model:
         """
         await self.residents.warm(task, version)
 
+    async def forget(self, task: str, version: str) -> None:
+        """Let go of a version that came to nothing: slot, RAM and disk cache."""
+        await self.residents.forget(task, version)
+
     async def residency(self, after: str, limit: int) -> dict[str, Any]:
         """Say where this replica has which versions; see `Residents.residency`.
 
@@ -134,7 +138,7 @@ class Model:
             after: `task@version`; only those after it.
             limit: Most versions to return.
         """
-        return {"replica": _replica(), **await self.residents.residency(after, limit)}
+        return {"replica": replica_name(), **await self.residents.residency(after, limit)}
 
     async def prefetch(self, tasks: Collection[str]) -> None:
         """Bring tasks into host RAM; see `Residents.prefetch`."""
@@ -181,6 +185,10 @@ class Model:
             )
         return [as_data(answer) for answer in answers]
 
+    async def predict_together(self, asked: list[tuple[Any, ...]]) -> list[Any]:
+        """Answer several calls of `predict` at once; see `each_alone` for what it returns."""
+        return await each_alone(self.predict(*one) for one in asked)
+
     @dynamic_batch
     async def answer(self, rows: list[Row]) -> list[Prediction | Exception]:
         """Answer one row; what reaches the body is the batch that it went through in."""
@@ -220,17 +228,9 @@ class Model:
 
     async def _follow_catalog(self, args: Args) -> None:
         """Keep and forget what the catalog says, if there is one: without Serve there is none."""
-        try:
-            app = serve.get_replica_context().app_name
-        except RayServeException:
+        poll = catalog_poll()
+        if poll is None:
             return
-
-        async def poll(watcher: str, revision: int, after: str) -> dict[str, Any]:
-            # By its name, which has to wait until both are deployed: the catalog has our handle.
-            catalog = serve.get_deployment_handle("Catalog", app)
-            page: dict[str, Any] = await catalog.poll.remote(watcher, revision, after)
-            return page
-
         journal = Journal(open_documents(args.adapter_store))
         self._watch = Watch(journal.newer, poll, self._heed)
         await self._watch.start()
@@ -281,14 +281,6 @@ def _timed(
     started_s = time.perf_counter()
     answers = predict(rows)
     return answers, time.perf_counter() - started_s
-
-
-def _replica() -> str:
-    """Return this replica's id; without Serve this process is the one."""
-    try:
-        return serve.get_replica_context().replica_id.unique_id
-    except RayServeException:
-        return "alone"
 
 
 def _num_nodes() -> int:

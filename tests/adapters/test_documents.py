@@ -246,3 +246,38 @@ def test_a_store_that_is_away_is_an_os_error(s3: S3, bucket: str) -> None:
 def test_a_missing_package_is_named() -> None:
     with pytest.raises(ImportError, match="gcsfs"):
         open_documents("gs://bucket/store")
+
+
+def test_a_link_in_the_place_of_the_folder_is_refused_and_nothing_there_is_touched(
+    tmp_path: Path,
+) -> None:
+    outside = tmp_path / "outside"
+    for name in (".ssh", ".7.json.0123456789abcdef"):
+        (outside / name).mkdir(parents=True)
+        os.utime(outside / name, (0, 0))
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "catalog").symlink_to(outside)
+    documents = open_documents(str(tmp_path / "store"))
+    with pytest.raises(OSError, match="is a link"):
+        documents.create("catalog/1.json", b"{}")
+    assert sorted(os.listdir(outside)) == [".7.json.0123456789abcdef", ".ssh"]
+
+
+def test_only_what_writers_leave_is_removed(tmp_path: Path) -> None:
+    for name in (".git", ".8.json.0123456789abcdef"):
+        (tmp_path / "catalog" / name).mkdir(parents=True)
+        os.utime(tmp_path / "catalog" / name, (0, 0))
+    open_documents(str(tmp_path)).create("catalog/1.json", b"{}")
+    assert sorted(os.listdir(tmp_path / "catalog")) == [".git", "1.json"]
+
+
+def test_a_pipe_is_not_waited_for_and_a_linked_file_not_followed(tmp_path: Path) -> None:
+    folder = tmp_path / "store" / "catalog"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / "1.json")
+    (tmp_path / "secret").write_bytes(b"secret")
+    (folder / "2.json").symlink_to(tmp_path / "secret")
+    documents = open_documents(str(tmp_path / "store"))
+    for name in ("1.json", "2.json"):
+        with pytest.raises(OSError):  # noqa: PT011
+            documents.read(f"catalog/{name}")

@@ -108,7 +108,7 @@ async def test_every_row_has_its_own_answer_in_order(ask: Ask, model: Model) -> 
 async def test_many_tokens_go_in_several_calls_and_stay_in_order(
     ask: Ask, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calls, "_MAX_CALL_TOKENS", 12)
+    monkeypatch.setattr(calls, "MAX_CALL_TOKENS", 12)
     texts = [f"w{n} " * (1 + n % 5) for n in range(40)] + ["w7 " * 14] * 2
     answer = await ask(*texts, return_scores=True)
     own = [score(ids_of(text)) for text in texts]
@@ -122,7 +122,7 @@ async def test_many_tokens_go_in_several_calls_and_stay_in_order(
 async def test_many_scores_come_in_several_answers(
     ask: Ask, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calls, "_MAX_CALL_SCORES", 6)  # three rows of two labels
+    monkeypatch.setattr(calls, "MAX_CALL_SCORES", 6)  # three rows of two labels
     texts = [f"w{n}" for n in range(10)]
     answer = await ask(*texts, return_scores=True)
     own = [score(ids_of(text)) for text in texts]
@@ -271,7 +271,7 @@ async def test_a_long_text_s_entities_are_those_of_what_was_read(ask: Ask) -> No
 async def test_many_scores_of_tokens_come_in_several_answers(
     ask: Ask, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calls, "_MAX_CALL_SCORES", 24)  # three rows of four tokens, two labels
+    monkeypatch.setattr(calls, "MAX_CALL_SCORES", 24)  # three rows of four tokens, two labels
     answer = await ask(*(f"w{100 + n} w999" for n in range(10)))
     assert [len(inputs) for _, _, _, inputs in model.calls] == [3, 3, 3, 1]
     assert [result["prediction"][0]["score"] for result in answer["results"]] == [

@@ -61,7 +61,7 @@ class Catalog:
             self.snapshot,
             Snapshot(revision=self.snapshot.revision + 1, tasks=tasks),
         )
-        await self.model.follow(old, self.snapshot)
+        await self.model.residents.follow(old, self.snapshot)
 
 
 async def ask(model: Model, task: str, version: str) -> list[float]:
