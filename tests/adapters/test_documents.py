@@ -147,16 +147,16 @@ def test_a_directory_is_durable_before_create_returns(
 
 def test_what_killed_writers_left_is_removed_once_it_is_old(tmp_path: Path) -> None:
     folder = tmp_path / "catalog"
-    (folder / ".8.json.0123").mkdir(parents=True)
-    (folder / ".8.json.0123/document").write_bytes(b"x")
-    for name in (".9.json.4567", ".9.json.89ab"):
+    (folder / ".8.json.0123456789abcdef").mkdir(parents=True)
+    (folder / ".8.json.0123456789abcdef/document").write_bytes(b"x")
+    for name in (".9.json.456789abcdef0123", ".9.json.89abcdef01234567"):
         (folder / name).write_bytes(b"x")
-    for name in (".8.json.0123", ".9.json.4567"):
+    for name in (".8.json.0123456789abcdef", ".9.json.456789abcdef0123"):
         os.utime(folder / name, (0, time.time() - 3700))
     documents = open_documents(str(tmp_path))
     assert documents.names("catalog") == []
     documents.create("catalog/1.json", b"one")
-    assert sorted(os.listdir(folder)) == [".9.json.89ab", "1.json"]
+    assert sorted(os.listdir(folder)) == [".9.json.89abcdef01234567", "1.json"]
 
 
 def test_s3_is_asked_by_one_conditional_put(s3: S3, bucket: str) -> None:
