@@ -150,7 +150,6 @@ class Model:
         version: str,
         problem_type: ProblemType,
         inputs: list[tuple[list[int], list[int] | None]],
-        *,
         priority: Priority = "normal",
         latency_target_ms: int | None = None,
         timeout_s: float | None = None,
