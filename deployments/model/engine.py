@@ -12,13 +12,15 @@ from adapters.artifact import Artifact, read_artifact, under_rules
 from adapters.errors import AdapterRefused
 from adapters.store import RULES, Files
 from deployments.base import BaseName
-from deployments.config import GIB
+from deployments.config import GIB, Args
 from deployments.model.bank import Packed
 from deployments.model.encoder import Encoder, Logits, default_dtype
 from deployments.model.quantize import choose
 from deployments.model.scores import to_predictions
 from deployments.model.vocabulary import base_tokenizer
 from deployments.rows import Prediction, Row
+
+_CHECKED_TOKENS = 8  # of the row that shows whether the base gives numbers
 
 
 class BadRow(ValueError):
@@ -27,6 +29,10 @@ class BadRow(ValueError):
 
 class EmptySlot(BadRow):
     """A row whose slot holds no adapter, because it could not be written."""
+
+
+class DoesNotFit(MemoryError):
+    """Rows whose forward takes more memory than there is; what it took is free again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,16 +233,50 @@ class Engine:
                         answers[index] = prediction
         return answers  # type: ignore[return-value]  # no None is left
 
+    def gives_numbers(self) -> bool:
+        """Run a row of the plain base, no adapter with it; tell whether it gives finite numbers.
+
+        If it does not, no adapter's answer on this device is worth anything.
+        """
+        self.encoder.bank.route([0])
+        ids = torch.arange(1, 1 + min(_CHECKED_TOKENS, self._num_ids - 1)).unsqueeze(0)
+        ids = ids.to(self.device)
+        with torch.inference_mode():
+            hidden = self.encoder.model.base_model(ids, attention_mask=torch.ones_like(ids))[0]
+        return bool(hidden.isfinite().all())
+
     def _answer(self, rows: Sequence[Row]) -> Logits:
         """Run one forward without gradients; if it does not fit, free what it took, and raise."""
         try:
             with torch.inference_mode():
                 return self.forward(rows)
-        except torch.OutOfMemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
             # The traceback would keep every layer's tensors while the halves of the batch run.
             traceback.clear_frames(error.__traceback__)
             torch.cuda.empty_cache()
-            raise
+            tokens = len(rows) * max(row.num_tokens for row in rows)
+            what = f"a forward of {tokens} tokens does not fit into memory: {error}"
+            raise DoesNotFit(what) from None
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Tell; of a CPU torch says it in words only."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "DefaultCPUAllocator" in str(error)
+
+
+def make_engine(args: Args) -> Engine:
+    """Make the engine that a configuration describes; see `Engine`."""
+    return Engine(
+        args.base_model,
+        quantization=args.quantization,
+        device=args.device,
+        bank_bytes=int(args.bank_gib * GIB),
+        base_aliases=args.base_aliases,
+    )
 
 
 def choose_device(device: str) -> torch.device:
