@@ -8,10 +8,7 @@
     ├── Stale        412  a change to a task that another one has changed since
     ├── TooLarge     413  its body is over the limit
     ├── BadInput     422  the request says something that cannot be answered
-    ├── NotReady     503  no replica can answer at the moment
-    └── TooLate      504  its deadline passed before it was answered
-
-
+    ├── TooLate      504  its deadline passed before it was answered
     └── NotReady     503  no replica can answer at the moment
         └── Unsure   503  a change may have been made, or not
     BatchLoopDied   503  the replica that was asked can answer nothing any more

@@ -93,6 +93,10 @@ class Budget:
         """Keep forwards short for a while: rows of a task are to be answered in so many seconds."""
         self._targets[task] = (target_s, time.monotonic())
 
+    def rows_of(self, length: int) -> int:
+        """Return how many rows of so many tokens the next forward may have, 1 at least."""
+        return max(1, min(self._planner.max_rows, self.max_tokens // length))
+
     def start(self, length: int) -> Filling:
         """Begin a batch with a row of so many tokens, see `Planner.start`."""
         return replace(self._planner, max_tokens=self.max_tokens).start(length)

@@ -23,7 +23,7 @@ from deployments.model.budget import make_planner
 from deployments.model.dynamic_batch import batch_queue, dynamic_batch
 from deployments.model.engine import BadRow, DoesNotFit, Loaded, make_engine
 from deployments.model.facts import to_facts
-from deployments.model.handles import catalog_poll, replica_name
+from deployments.model.handles import catalog_poll, hot_on_peers, replica_name
 from deployments.model.health import Health
 from deployments.model.memory import take_stock
 from deployments.model.residents import Residents
@@ -31,6 +31,7 @@ from deployments.model.scores import NoNumber
 from deployments.model.threads import forward_threads
 from deployments.model.together import each_alone
 from deployments.model.vocabulary import export_vocabulary, to_pages
+from deployments.model.warmup import warm_up
 from deployments.rows import Facts, Prediction, Row, Tokens
 from deployments.scaling import ANSWERED, QUEUED, SPEED
 from deployments.snapshot import Snapshot
@@ -39,6 +40,8 @@ from deployments.watch import Watch
 logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
 _requests = itertools.count()
+# Versions of its peers that a replica brings into its slots before it takes traffic.
+_MOST_HOT = 256
 
 
 class Model:
@@ -75,6 +78,9 @@ class Model:
         )
         await self._follow_catalog(args)
         await self.residents.load_pinned()
+        await self.residents.bring(await hot_on_peers())
+        slots = [*self.residents.slots.resident.values()]
+        await self._on_device(warm_up, self.engine, self.planner, slots, self._max_length)
         logger.info(
             "base=%s quantization=%s device=%s threads=%d memory: %s",
             args.base_model,
@@ -126,6 +132,10 @@ class Model:
             AdapterError: The version cannot be had.
         """
         await self.residents.warm(task, version)
+
+    async def hot(self) -> list[str]:
+        """Return what a replica that starts should have too; see `Residents.hot`."""
+        return self.residents.hot(_MOST_HOT)
 
     async def forget(self, task: str, version: str) -> None:
         """Let go of a version that came to nothing: slot, RAM and disk cache."""
@@ -209,7 +219,7 @@ class Model:
 
     async def check_health(self) -> None:
         """Raise if no row can be answered any more, so that Serve replaces this replica."""
-        self.health.check(batch_queue(self.answer))
+        self.health.check(batch_queue(self.answer), self.planner.tokens_per_s)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Tell what `deployments.scaling` goes by."""

@@ -27,7 +27,11 @@ Forward = Callable[[list[R]], Awaitable[list[A | Exception]]]
 
 
 class BatchQueue:
-    """The queue of one instance, and the one loop that empties it."""
+    """The queue of one instance, and the one loop that empties it.
+
+    Attributes:
+        running_tokens: Of the rows in the running forward, before padding; 0 if none runs.
+    """
 
     def __init__(self, forward: Forward[Any, Any], planner: Starts) -> None:
         """Start the loop; needs a running event loop.
@@ -42,7 +46,7 @@ class BatchQueue:
         self._waiting = Shares()
         self._deadlines: list[tuple[float, int, Waiter]] = []
         self._numbers = itertools.count()
-        self._running_tokens = 0
+        self.running_tokens = 0
         self._began_s: float | None = None
         self._wake = asyncio.Event()
         self._loop = asyncio.get_running_loop().create_task(self._run())
@@ -55,7 +59,7 @@ class BatchQueue:
     @property
     def num_queued_tokens(self) -> int:
         """Tokens of all rows that have no answer yet, those in the running forward too."""
-        return self._waiting.num_tokens + self._running_tokens
+        return self._waiting.num_tokens + self.running_tokens
 
     @property
     def alive(self) -> bool:
@@ -152,11 +156,11 @@ class BatchQueue:
 
     async def _timed(self, rows: list[Any]) -> list[Any]:
         self._began_s = time.monotonic()
-        self._running_tokens = sum(row.num_tokens for row in rows)
+        self.running_tokens = sum(row.num_tokens for row in rows)
         try:
             return await self._forward(rows)
         finally:
-            self._began_s, self._running_tokens = None, 0
+            self._began_s, self.running_tokens = None, 0
 
     def _died(self, task: asyncio.Task[None]) -> None:
         error = None if task.cancelled() else task.exception()

@@ -20,8 +20,6 @@ from deployments.model.scores import to_predictions
 from deployments.model.vocabulary import base_tokenizer
 from deployments.rows import Prediction, Row
 
-_CHECKED_TOKENS = 8  # of the row that shows whether the base gives numbers
-
 
 class BadRow(ValueError):
     """A row that the base cannot read; the message says why."""
@@ -103,7 +101,7 @@ class Engine:
             tokenizer=base_tokenizer(self.encoder),
         )
         config = self.encoder.config.get_text_config()
-        self._num_ids: int = config.vocab_size
+        self.num_ids: int = config.vocab_size
         self._pad_id = self.encoder.pad_id or 0  # any will do where the base has none
         self._residents: dict[int, Artifact] = {}
 
@@ -173,8 +171,8 @@ class Engine:
         longest = self.encoder.max_positions
         if longest is not None and len(ids) > longest:
             return BadRow(f"{len(ids)} tokens exceed the base's {longest} positions")
-        if min(ids) < 0 or max(ids) >= self._num_ids:
-            return BadRow(f"a token id is outside the base's vocabulary of {self._num_ids}")
+        if min(ids) < 0 or max(ids) >= self.num_ids:
+            return BadRow(f"a token id is outside the base's vocabulary of {self.num_ids}")
         if type_ids is not None and len(type_ids) != len(ids):
             return BadRow(f"{len(type_ids)} type ids for {len(ids)} token ids")
         return None
@@ -233,13 +231,13 @@ class Engine:
                         answers[index] = prediction
         return answers  # type: ignore[return-value]  # no None is left
 
-    def gives_numbers(self) -> bool:
-        """Run a row of the plain base, no adapter with it; tell whether it gives finite numbers.
+    def gives_numbers(self, num_rows: int = 1, num_tokens: int = 8) -> bool:
+        """Run rows of the plain base, no adapter with them; tell whether it gives finite numbers.
 
         If it does not, no adapter's answer on this device is worth anything.
         """
-        self.encoder.bank.route([0])
-        ids = torch.arange(1, 1 + min(_CHECKED_TOKENS, self._num_ids - 1)).unsqueeze(0)
+        self.encoder.bank.route([0] * num_rows)
+        ids = (torch.arange(num_tokens) % (self.num_ids - 1) + 1).repeat(num_rows, 1)
         ids = ids.to(self.device)
         with torch.inference_mode():
             hidden = self.encoder.model.base_model(ids, attention_mask=torch.ones_like(ids))[0]

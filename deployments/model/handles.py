@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from ray import serve
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from deployments.watch import Poll
+
+# How long a replica that starts waits for the others' word.
+_PEERS_S = 5.0
 
 
 def replica_name() -> str:
@@ -32,3 +36,21 @@ def catalog_poll() -> Poll | None:
         return page
 
     return poll
+
+
+async def hot_on_peers() -> list[str]:
+    """Return `task@version` of what was last asked of the other replicas, the latest first."""
+    try:
+        context = serve.get_replica_context()
+    except RayServeException:
+        return []
+    handle = serve.get_deployment_handle(context.deployment, context.app_name)
+    try:
+        told = await handle.broadcast("hot").results_async(
+            timeout_s=_PEERS_S, return_exceptions=True
+        )
+    except (DeploymentUnavailableError, TimeoutError):
+        return []  # the first replica, or peers that are lost: this one must start all the more
+    lists = [names for names in told if isinstance(names, list)]
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*lists))
+    return [name for name in dict.fromkeys(turns) if name is not None]

@@ -78,6 +78,8 @@ async def test_a_forward_that_ends_the_loop_fails_all_waiters(fault: BaseExcepti
 
 
 class BrokenPlanner:
+    tokens_per_s = 0.0
+
     def start(self, length: int) -> Filling:
         raise ZeroDivisionError("no plan")
 

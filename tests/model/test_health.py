@@ -48,6 +48,19 @@ async def model(
         queue.close()
 
 
+async def test_a_row_that_takes_long_by_its_tokens_does_not_hang(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_go = threading.Event()
+    monkeypatch.setattr(model.engine, "predict", lambda rows: [let_go.wait(30)] * len(rows))
+    model.planner.note([3], 3.0)  # a token a second: three of them take three
+    call = asyncio.ensure_future(model.answer(GOOD))
+    await asyncio.sleep(0.4)
+    await model.check_health()
+    let_go.set()
+    assert await call
+
+
 async def test_a_forward_that_hangs_fails_the_check_and_all_rows(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

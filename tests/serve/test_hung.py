@@ -63,6 +63,6 @@ def test_a_hung_forward_is_noticed_and_its_replica_replaced(
             time.sleep(0.2)
         print(f"told after {told_s:.1f} s, replaced after {time.monotonic() - started_s:.1f} s")
         assert once.exists()
-        assert told_s < 20  # 10 s until it counts as hung, a check, and a try elsewhere
+        assert told_s < 20  # 10 s until it is noticed, and a try elsewhere
     finally:
         serve.delete("hung")
