@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 from ray.serve import Application
 
-from adapters.rules import ProblemType
+from adapters.rules import Priority, ProblemType
 from deployments.config import Args
 from deployments.ingress import deployment
 from deployments.ingress.calls import Answers, Encodings
@@ -23,7 +23,13 @@ class Nobody(ModelHandle):
     """The model replicas for all but predictions, which nobody is asked for."""
 
     async def predict(
-        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings
+        self,
+        task: str,
+        version: str,
+        problem_type: ProblemType,
+        inputs: Encodings,
+        priority: Priority,
+        latency_target_ms: int | None,
     ) -> Answers:
         return [[0.0] * LABELS for _ in inputs]
 

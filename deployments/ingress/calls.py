@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Sequence
 from typing import Protocol
 
-from adapters.rules import ProblemType
+from adapters.rules import Priority, ProblemType
 from deployments.rows import Facts
 from deployments.tokens import Encoded
 
@@ -16,7 +16,7 @@ MAX_CALL_SCORES = 2**18
 
 Answers = list[list[float] | list[list[float]] | str]
 Encodings = list[tuple[list[int], list[int] | None]]
-Asked = tuple[str, str, ProblemType, Encodings]
+Asked = tuple[str, str, ProblemType, Encodings, Priority, int | None]
 """What `AskModel` is called with."""
 
 
@@ -24,7 +24,13 @@ class AskModel(Protocol):
     """How a model replica is asked; see `deployments.model.deployment.Model.predict`."""
 
     def __call__(
-        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings
+        self,
+        task: str,
+        version: str,
+        problem_type: ProblemType,
+        inputs: Encodings,
+        priority: Priority,
+        latency_target_ms: int | None,
     ) -> Awaitable[Answers]:
         """Answer inputs of one task and version."""
 
@@ -38,13 +44,20 @@ class AskTogether(Protocol):
 
 async def answer_rows(ask: AskModel, facts: Facts, rows: Sequence[Encoded]) -> Answers:
     """Ask the model, in several calls if one would be too large."""
-    parts = await asyncio.gather(
-        *(
-            ask(facts["task"], facts["version"], facts["problem_type"], part)
-            for part in parts_of(facts, rows)
-        )
-    )
+    parts = await asyncio.gather(*(ask(*to_asked(facts, part)) for part in parts_of(facts, rows)))
     return [answer for part in parts for answer in part]
+
+
+def to_asked(facts: Facts, inputs: Encodings) -> Asked:
+    """Return what a model is asked for a task's inputs."""
+    return (
+        facts["task"],
+        facts["version"],
+        facts["problem_type"],
+        inputs,
+        facts["priority"],
+        facts["latency_target_ms"],
+    )
 
 
 def parts_of(facts: Facts, rows: Sequence[Encoded]) -> list[Encodings]:

@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from adapters.rules import ProblemType
+from adapters.rules import Priority, ProblemType
 from deployments.errors import BatchLoopDied, NotReady
 from deployments.ingress.calls import Answers, Asked, Encodings
 from deployments.ingress.catalog import CatalogLost
@@ -49,12 +49,17 @@ class ModelHandle:
         return facts
 
     async def predict(
-        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings
+        self,
+        task: str,
+        version: str,
+        problem_type: ProblemType,
+        inputs: Encodings,
+        priority: Priority,
+        latency_target_ms: int | None,
     ) -> Answers:
         """Have inputs answered."""
-        answers: Answers = await _reach(
-            lambda: self._handle.predict.remote(task, version, problem_type, inputs)
-        )
+        asked: Asked = (task, version, problem_type, inputs, priority, latency_target_ms)
+        answers: Answers = await _reach(lambda: self._handle.predict.remote(*asked))
         return answers
 
     async def predict_together(self, asked: Sequence[Asked]) -> list[Answers | Exception]:

@@ -17,6 +17,7 @@ from deployments.ingress.calls import (
     AskTogether,
     count,
     parts_of,
+    to_asked,
 )
 from deployments.ingress.inputs import Given, to_inputs
 from deployments.ingress.results import Run
@@ -156,7 +157,7 @@ class Together:
         loop = asyncio.get_running_loop()
         handed = [
             _Waiting(
-                (facts["task"], facts["version"], facts["problem_type"], part),
+                to_asked(facts, part),
                 *count(facts, part),
                 loop.create_future(),
             )

@@ -60,7 +60,7 @@ class Model:
         return self.make_facts(task=task, version=version, **RULES[task])
 
     async def ask(
-        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings
+        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings, *_: Any
     ) -> Answers:
         if problem_type == "token_classification":
             return [[[w / 1003, 1 - w / 1003] for w in ids] for ids, _ in inputs]
@@ -146,7 +146,7 @@ async def test_texts_are_read_once_where_the_rules_agree(
         assert [one.args for one in read.call_args_list] == [(["w1 w2", "w3"], True)]
         (call,) = model.calls
         # The very same lists, which go over the wire once.
-        assert len({id(ids) for _, _, _, inputs in call for ids, _ in inputs}) == 2
+        assert len({id(ids) for _, _, _, inputs, *_ in call for ids, _ in inputs}) == 2
         read.reset_mock()
         await fan_out.predict(request(["topic", "short", "windows", "mood"], "w1 w2"))
         assert read.call_count == 3

@@ -27,7 +27,7 @@ class Model:
         self.error: Exception | None = None
 
     async def ask(
-        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings
+        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings, *_: Any
     ) -> Answers:
         self.asked.append((version, len(inputs)))
         if self.error is not None:

@@ -49,7 +49,7 @@ class Model:
         return {**self.facts, "version": f"{self.num_described:08}"}
 
     async def ask(
-        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings
+        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings, *_: Any
     ) -> Answers:
         self.calls.append((task, version, problem_type, inputs))
         await asyncio.sleep(0.02 / len(self.calls))  # later calls end earlier

@@ -47,7 +47,7 @@ class Model:
         return self.make_facts(task=task, version=version, **self.changes.get(version, {}))
 
     async def ask(
-        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings
+        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings, *_: Any
     ) -> Answers:
         self.asked.append((version, len(inputs)))
         if version == B:

@@ -50,7 +50,7 @@ class Model:
         return self.make_facts(task=task, version=version, rules=f"{len(rules or {}):08}")
 
     async def ask(
-        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings
+        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings, *_: Any
     ) -> Answers:
         await asyncio.sleep(0)
         if self.during is not None:

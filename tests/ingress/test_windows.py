@@ -62,7 +62,7 @@ class Model:
         return self.facts
 
     async def ask(
-        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings
+        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings, *_: Any
     ) -> Answers:
         self.asked += [ids for ids, _ in inputs]
         if problem_type == "token_classification":
