@@ -72,7 +72,7 @@ def victims() -> Iterator[Victims]:
 def found(directory: Path) -> int:
     """Read a catalog, and all its history, as the next process will; return its revision."""
     journal = Journal(open_documents(str(directory)))
-    snapshot, _ = journal.newest()
+    snapshot = journal.newest()
     changes = journal.history(task=None, before=None, limit=10_000)
     assert [change.revision for change in changes] == list(range(snapshot.revision, 0, -1))
     return numbers(snapshot)
