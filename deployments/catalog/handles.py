@@ -48,13 +48,14 @@ class Others:
         facts: Facts = await _ask(lambda: self._model.describe.remote(task, version, rules))
         return facts
 
-    async def warm(self, task: str, version: str) -> None:
-        """Bring a version into a slot of every model replica."""
+    async def warm(self, task: str, *versions: str) -> None:
+        """Bring versions into slots of every model replica."""
         try:
-            answers = await self._everywhere(self._model, "warm", _MODEL_S, task, version)
+            answers = await self._everywhere(self._model, "warm", _MODEL_S, task, *versions)
         except TimeoutError:
+            names = " and ".join(f"{task}@{version}" for version in versions)
             raise NotReady(
-                f"{task}@{version} was not in all slots within {_MODEL_S:.0f} s"
+                f"{names} came into no slot of some replica within {_MODEL_S:.0f} s"
             ) from None
         for answer in answers:
             if isinstance(answer, BaseException) and not _is_lost(answer):
