@@ -58,12 +58,13 @@ def test_history_tells_of_a_task_that_is_gone(tmp_path: Path) -> None:
         change(writer, "mood", number)
     for transition in (
         lambda s: state.delete_task(s, "gone", None),
-        lambda s: state.purged(s, "gone", None),
+        lambda s: state.claim_purge(s, "gone", None, "us", None),
+        lambda s: state.purged(s, "gone", None, "us"),
     ):
         writer.commit(transition, by="us", task="gone", what={}, now=NOW)
     change(writer, "mood", 9)
     told = writer.journal.history(task="gone", before=None, limit=10)
-    assert [one.revision for one in told] == [8, 7, 5, 3, 1]
+    assert [one.revision for one in told] == [9, 8, 7, 5, 3, 1]
 
 
 def test_a_change_whose_writer_was_killed_is_told_and_written_by_the_next(tmp_path: Path) -> None:
