@@ -9,6 +9,7 @@
     ├── TooLarge     413  its body is over the limit
     ├── BadInput     422  the request says something that cannot be answered
     └── NotReady     503  no replica can answer at the moment
+        ├── ReplicasLost 503  every replica that was asked was lost meanwhile
         └── Unsure   503  a change may have been made, or not
     BatchLoopDied   503  the replica that was asked can answer nothing any more
     AdapterError         (adapters/errors.py) 404 unknown, 413 too large, 503 for that task alone
@@ -71,6 +72,10 @@ class TooLarge(RequestError):
 
 class NotReady(RequestError):
     """No replica can answer at the moment."""
+
+
+class ReplicasLost(NotReady):
+    """Every replica that was asked was lost while it worked on this; it may be why."""
 
 
 class Unsure(NotReady):

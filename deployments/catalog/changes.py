@@ -89,7 +89,9 @@ class Changes:
                 raise NotReady(f"{task}@{version} is being deleted; try again in a few seconds")
             known = record is not None and version in record.versions
             await asyncio.to_thread(publish_staged, self._store, staging, task, version, known)
-            if not known:
+            if known:
+                made.pop(version, None)  # another cluster has written it since the first draft
+            else:
                 made[version] = lambda: asyncio.to_thread(
                     self._store.publish, staging, task, version
                 )

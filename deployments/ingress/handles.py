@@ -14,7 +14,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from adapters.rules import ProblemType
-from deployments.errors import BatchLoopDied, NotReady
+from deployments.errors import BatchLoopDied, NotReady, ReplicasLost
 from deployments.ingress.calls import Answers, Asked, Encodings
 from deployments.ingress.catalog import CatalogLost
 from deployments.rows import Facts
@@ -173,5 +173,5 @@ async def _reach(call: Callable[[], Awaitable[T]]) -> T:
             raise NotReady("no model replica is running") from None
         except (RayActorError, BatchLoopDied):
             if attempt == 2:
-                raise NotReady("the model replica was lost; try again in a second") from None
+                raise ReplicasLost("the model replica was lost; try again in a second") from None
     raise AssertionError("the last attempt returns or raises")

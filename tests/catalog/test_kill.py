@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from adapters.documents import open_documents
+from adapters.store import open_store
 from deployments.journal import NUM_KEPT, Journal
 from tests.catalog.stream import numbers
 
@@ -75,6 +76,13 @@ def found(directory: Path) -> int:
     snapshot = journal.newest()
     changes = journal.history(task=None, before=None, limit=10_000)
     assert [change.revision for change in changes] == list(range(snapshot.revision, 0, -1))
+    store = open_store(str(directory))
+    for task, record in snapshot.tasks.items():
+        for version in record.versions:
+            assert store.read(task, version).version == version
+        # A purge that was on its way, or an upload, may have been killed before it was written.
+        beside = {*store.versions(task)} - record.versions.keys() - {*record.doomed}
+        assert len(beside) <= 1
     return numbers(snapshot)
 
 

@@ -108,9 +108,9 @@ def test_two_processes_that_change_and_purge_make_one_serial_history(
         for name in ("blue", "green")
     }  # fmt: skip
     acknowledged: dict[str, list[dict[str, Any]]] = {}
-    for name, process in clusters.items():
-        said, failed = process.communicate(timeout=500)
-        assert process.returncode == 0, failed
+    told_by = {name: process.communicate(timeout=500) for name, process in clusters.items()}
+    for name, (said, failed) in told_by.items():
+        assert clusters[name].returncode == 0, failed
         assert "Traceback" not in failed
         acknowledged[name] = [json.loads(line) for line in said.splitlines()]
         assert len(acknowledged[name]) == num_changes
