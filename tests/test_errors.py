@@ -24,6 +24,7 @@ from deployments.errors import (
     Forbidden,
     NoMatch,
     NotReady,
+    ReplicasLost,
     RequestError,
     Stale,
     TooLarge,
@@ -50,6 +51,7 @@ ERRORS = [
     (BadInput("texts is empty"), 422, ValueError),
     (TooLarge("the body is over 5 bytes"), 413, ValueError),
     (NotReady("no replica runs"), 503, RuntimeError),
+    (ReplicasLost("the model replica was lost"), 503, RuntimeError),
     (Unsure("the store did not answer"), 503, RuntimeError),
 ]
 RETRIED = (AdapterIncomplete, AdapterChanged, StoreUnreachable, NotReady)
