@@ -134,6 +134,7 @@ _TABLE: dict[type[Exception], tuple[int, str, int | None]] = {
     BadInput: (422, "Invalid request", None),
     TooLarge: (413, "Request too large", None),
     Unsure: (503, "Outcome unknown", 1),
+    ReplicasLost: (503, "Replicas lost", 1),
     NotReady: (503, "Not ready", 1),
     BatchLoopDied: (503, "Not ready", 1),
     TaskNotFound: (404, "Unknown task", None),
