@@ -173,7 +173,6 @@ class Bucket:
             with suppress(StoreUnreachable):
                 self._clear(prefix)
             raise
-        self._clear(staged.path)
 
     def discard(self, staging: str) -> None:
         """Remove a staging and its marker, if it is there."""

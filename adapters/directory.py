@@ -28,7 +28,7 @@ from adapters.errors import (
     VersionNotFound,
 )
 from adapters.folder import look, read, version_names, youngest_s
-from adapters.localfile import is_inside, place_problem, read_bounded, sync, write_new
+from adapters.localfile import is_inside, link_or_copy, place_problem, read_bounded, sync, write_new
 from adapters.staging import (
     FILES,
     FOLDER,
@@ -162,14 +162,16 @@ class Directory:
         with self._writing():
             with open(place / MARKER, "wb") as marker:
                 marker.write(to_marker(task, version))
-            staged = (*(place / FILES).iterdir(), place / FILES, place / MARKER, place)
+            linked = place / secrets.token_hex(4)
+            shutil.copytree(place / FILES, linked, copy_function=link_or_copy)
+            staged = (*linked.iterdir(), linked, place / MARKER, place)
             for path in (*staged, place.parent, self.root):
                 sync(path)
             folder.mkdir(exist_ok=True)
             try:
                 if os.path.lexists(folder / version):
-                    (folder / version).rename(place / "replaced")
-                (place / FILES).rename(folder / version)
+                    (folder / version).rename(place / f"not-{linked.name}")
+                linked.rename(folder / version)
             except BaseException:
                 with suppress(OSError):  # it is not empty
                     folder.rmdir()

@@ -16,11 +16,9 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-from adapters.localfile import open_file, sync
+from adapters.localfile import NO_LINKS, open_file, sync
 from adapters.object_documents import ObjectDocuments
 
-# What link(2) says where a file system has none: FAT, SMB, some FUSE.
-_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 # What rename(2) says of a folder that is to replace a file, or a folder that holds something.
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
 _INSIDE = "document"
@@ -174,7 +172,7 @@ def _link(temporary: Path, target: Path) -> None:
     try:
         os.link(temporary, target)
     except OSError as error:
-        if error.errno not in _NO_LINKS:
+        if error.errno not in NO_LINKS:
             raise
         folder = _temporary(target)
         folder.mkdir()

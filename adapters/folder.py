@@ -95,8 +95,10 @@ def version_names(folder: str) -> Iterator[str]:
 
 def youngest_s(folder: Path) -> float:
     """Return when anything in a folder last changed, in seconds since the epoch."""
-    changed_s = 0.0
-    for path in (folder, *folder.rglob("*")):
-        with suppress(OSError):  # it has just gone
+    changed_s, paths = 0.0, [folder]
+    with suppress(FileNotFoundError):  # a folder has just gone
+        paths += folder.rglob("*")
+    for path in paths:
+        with suppress(OSError):  # so has this
             changed_s = max(changed_s, path.lstat().st_mtime)
     return changed_s

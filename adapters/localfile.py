@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG, S_ISSOCK
 from typing import BinaryIO
+
+NO_LINKS = frozenset((errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK))
+"""What link(2) says where a file system has none: FAT, SMB, some FUSE."""
+
+
+def link_or_copy(path: str, to: str) -> None:
+    """Give a file that never changes a second name, or where there are no links a copy."""
+    try:
+        os.link(path, to)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        shutil.copyfile(path, to)
 
 
 def place_problem(path: str, mode: int, root: str, inside: bool) -> list[str]:

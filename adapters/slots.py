@@ -62,6 +62,7 @@ class Slots(Generic[T]):
         self._wanted: Counter[str] = Counter()
         self._held: Counter[int] = Counter()
         self._kept: set[str] = set()
+        self._staying: Counter[str] = Counter()  # as if they were kept, while others join them
         self._dropped: set[str] = set()  # versions that leave when nobody wants them any more
         self._emptying: dict[int, int] = {}  # slot that is free once nobody holds it -> its pages
         self._loading: dict[str, asyncio.Task[None]] = {}
@@ -104,6 +105,23 @@ class Slots(Generic[T]):
         except BaseException:
             self._kept.discard(version)
             raise
+
+    async def seat(self, versions: Sequence[str]) -> None:
+        """Load versions; several so that all are here at once, and could be kept.
+
+        Raises:
+            BankFull: What is kept leaves no room for all of them.
+        """
+        staying = versions if len(versions) > 1 else ()
+        self._staying.update(staying)
+        try:
+            for version in versions:
+                async with self.pin(version):
+                    pass
+        finally:
+            self._staying.subtract(staying)
+            self._staying += Counter()  # forgets those of which none is left
+            self._changed.set()
 
     def let_go(self, version: str) -> None:
         """Let a version leave again when others need its place; it need not have been kept."""
@@ -198,7 +216,7 @@ class Slots(Generic[T]):
     async def _make_room(self, version: str, num_pages: int) -> None:
         """Let the least recently used go until a newcomer fits."""
         while not self._fits(num_pages):
-            kept = [seat for v, seat in self._seats.items() if v in self._kept]
+            kept = [seat for v, seat in self._seats.items() if self._stays(v)]
             room = self._num_pages - sum(seat.num_pages for seat in kept)
             is_full = self._max_slots is not None and len(kept) >= self._max_slots
             if num_pages > room or is_full:
@@ -230,9 +248,12 @@ class Slots(Generic[T]):
 
     def _next_to_leave(self) -> str | None:
         """Return the least recently used of those that nobody holds, else of those held."""
-        may_leave = [version for version in self._seats if version not in self._kept]
+        may_leave = [version for version in self._seats if not self._stays(version)]
         idle = next((v for v in may_leave if v not in self._wanted), None)
         return idle or next((v for v in may_leave if self._held[self._seats[v].slot]), None)
+
+    def _stays(self, version: str) -> bool:
+        return version in self._kept or version in self._staying
 
     async def _change(self) -> None:
         self._changed.clear()

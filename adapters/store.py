@@ -156,9 +156,9 @@ class Store(Protocol):
     def publish(self, staging: str, task: str, version: str) -> None:
         """Make what was staged a version, at once and whole; durable when this returns.
 
-        A version that is there already is kept, unless its folder does not hold what its name
-        says. A marker beside the staging names the version until `discard`, so that whoever
-        finds it knows whose publication died.
+        The staging stays. A version that is there already is kept, unless its folder does not hold
+        what its name says. A marker beside the staging names the version until
+        `discard`, so that whoever finds it knows whose publication died.
 
         Raises:
             AdapterRefused: What was staged is not that version; or the task's folder is a link.

@@ -10,6 +10,7 @@
     ├── BadInput     422  the request says something that cannot be answered
     ├── TooLate      504  its deadline passed before it was answered
     └── NotReady     503  no replica can answer at the moment
+        ├── ReplicasLost 503  every replica that was asked was lost meanwhile
         └── Unsure   503  a change may have been made, or not
     BatchLoopDied   503  the replica that was asked can answer nothing any more
     AdapterError         (adapters/errors.py) 404 unknown, 413 too large, 503 for that task alone
@@ -78,6 +79,10 @@ class TooLate(RequestError):
     """The deadline passed before the answer was there."""
 
 
+class ReplicasLost(NotReady):
+    """Every replica that was asked was lost while it worked on this; it may be why."""
+
+
 class Unsure(NotReady):
     """A change may have been made, or may still come; nobody knows."""
 
@@ -135,6 +140,7 @@ _TABLE: dict[type[Exception], tuple[int, str, int | None]] = {
     BadInput: (422, "Invalid request", None),
     TooLarge: (413, "Request too large", None),
     Unsure: (503, "Outcome unknown", 1),
+    ReplicasLost: (503, "Replicas lost", 1),
     NotReady: (503, "Not ready", 1),
     TooLate: (504, "Deadline passed", None),
     BatchLoopDied: (503, "Not ready", 1),

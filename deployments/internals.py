@@ -5,7 +5,16 @@ Pinned to Ray's minor version by tests/serve/test_internals.py.
 
 from __future__ import annotations
 
+import asyncio
+
+import ray
+from ray.exceptions import RayError
 from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ReplicaState
+
+_NAMESPACE = "serve"
+_CONTROLLER_S = 2.0
 
 
 def bind_host() -> str:
@@ -13,3 +22,33 @@ def bind_host() -> str:
     client = _get_global_client()
     assert client is not None  # it raises where Serve does not run
     return str(client.http_config.host)
+
+
+async def running_replicas(app: str, deployment: str) -> dict[str, str] | None:
+    """Return the replicas of a deployment that may be asked for something, by Serve's own list.
+
+    A handle has a copy of that list, which is late. Here is the controller's, from which all copies
+    are made: before a replica is in it, nobody asks it for anything. Those that stop are in it too,
+    since they answer to their end.
+
+    Returns:
+        Replica id -> name of its actor; None if the list cannot be had, or is empty.
+    """
+    try:
+        client = _get_global_client()
+        assert client is not None
+        async with asyncio.timeout(_CONTROLLER_S):
+            told = await client._controller.get_deployment_details.remote(app, deployment)
+    except (RayError, RayServeException, TimeoutError):  # RayError: whatever the controller raised
+        return None
+    started = [one for one in told.replicas if one.state != ReplicaState.STARTING]
+    return {one.replica_id: one.actor_name for one in started} or None
+
+
+async def is_dead(actor_name: str) -> bool:
+    """Tell whether a replica's process has ended, which Serve's list says only after a while."""
+    try:
+        await asyncio.to_thread(ray.get_actor, actor_name, _NAMESPACE)
+    except ValueError:
+        return True
+    return False

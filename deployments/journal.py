@@ -67,12 +67,8 @@ class Journal:
         self._documents = documents
         self._told: set[int] = set()  # revisions whose changes are known to be written
 
-    def exists(self) -> bool:
-        """Tell whether there is a catalog at all."""
-        return bool(self._numbers())
-
-    def newest(self) -> tuple[Snapshot, Change | None]:
-        """Return the newest revision and the change that made it; revision 0 if there is none.
+    def newest(self) -> Snapshot:
+        """Return the newest revision; revision 0 if there is none.
 
         Raises:
             CatalogFormat: It is of another format.
@@ -83,14 +79,14 @@ class Journal:
             numbers = self._numbers()
             if not numbers:
                 self._must_be_new()
-                return Snapshot(), None
+                return Snapshot()
             path = _revision_path(max(numbers))
             try:
                 content = self._documents.read(path)
             except FileNotFoundError:
                 continue  # pruned since it was listed, so there are many newer ones
             file = _decode(path, content, max(numbers))
-            return Snapshot(revision=file.revision, tasks=file.tasks), file.change
+            return Snapshot(revision=file.revision, tasks=file.tasks)
         raise NotReady(f"{FOLDER}/ changes faster than it can be read; try again")
 
     def newer(self, revision: int) -> Snapshot | None:
@@ -100,13 +96,13 @@ class Journal:
             As `newest`.
         """
         if revision == 0:
-            snapshot, _ = self.newest()
+            snapshot = self.newest()
             return snapshot if snapshot.revision else None
         # In this order: a pruned revision's change is there before the revision goes.
         after = revision + 1
         if not any(map(self._is_there, (_revision_path(after), _change_path(after)))):
             return None
-        snapshot, _ = self.newest()
+        snapshot = self.newest()
         if snapshot.revision <= revision:
             raise CatalogUnreadable(
                 f"{_change_path(after)} tells of a revision that is not there; put "
@@ -153,7 +149,7 @@ class Journal:
         Raises:
             As `newest`.
         """
-        newest, _ = self.newest()
+        newest = self.newest()
         revision = newest.revision if before is None else min(newest.revision, before - 1)
         if task is not None:
             record = newest.tasks.get(task)

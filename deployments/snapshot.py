@@ -66,6 +66,9 @@ class TaskRecord(_Plain):
     )
     deleted: bool = Field(False, description="It is no task any more; its files are going.")
     doomed: tuple[Version, ...] = Field((), description="Deleted versions whose files are going.")
+    purger: str | None = Field(
+        None, description="Who alone removes files of what was deleted, of all clusters."
+    )
 
     @property
     def answering(self) -> tuple[Version, ...]:

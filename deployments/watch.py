@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
 
@@ -14,15 +13,16 @@ from deployments.snapshot import Snapshot, TaskRecord
 logger = logging.getLogger("ray.serve")
 
 Page = Mapping[str, Any]
-Poll = Callable[[str, int, str], Awaitable[Page]]
+Poll = Callable[[int, str], Awaitable[Page]]
 Prepare = Callable[[Snapshot, Snapshot, Collection[str]], Awaitable[None]]
 
 POLL_S = 2.0
 """Longest that the catalog keeps a poll waiting for news."""
 
-_SETTLE_S = 5.0
 # After that a poll is given up, in case its answer was lost.
 _LONGEST_S = 60.0
+# How long a first request waits for the store.
+_FIRST_LOOK_S = 5.0
 
 
 class Watch:
@@ -31,7 +31,6 @@ class Watch:
     Owned by one event loop. Whoever asks for `snapshot` waits for nobody.
 
     Attributes:
-        name: This watcher's, nobody else's.
         snapshot: The one that is held.
         away: Whether the catalog did not answer the last poll.
     """
@@ -63,11 +62,10 @@ class Watch:
         self._read, self._poll = read, poll
         self._prepare, self._hold = prepare, hold
         self._prepare_s, self._patience_s, self._every_s = prepare_s, patience_s, every_s
-        self.name = uuid.uuid4().hex
         self._contact_s = time.monotonic()
-        self._settled_s = 0.0
+        self._turn = asyncio.Lock()
+        self._first_look: asyncio.Task[None] | None = None
         self.away = False
-        self._installed = asyncio.Condition()
         self._loop: asyncio.Task[None] | None = None
         self.snapshot = Snapshot()
 
@@ -87,15 +85,22 @@ class Watch:
             Exception: What `read` raised: without it nobody knows what to answer.
         """
         await self._read_store()
-        # Serve counts this replica as running a little later than it has read the store: what is
-        # written in between comes by the polls, and is held before it is prepared.
-        self._settled_s = time.monotonic() + _SETTLE_S
         self._loop = asyncio.get_running_loop().create_task(self._follow())
 
-    async def reach(self, revision: int) -> None:
-        """Wait until a revision, or a later one, is held."""
-        async with self._installed:
-            await self._installed.wait_for(lambda: self.snapshot.revision >= revision)
+    async def catch_up(self) -> None:
+        """Hold what the store said after the first call of this; return at once later on.
+
+        Changes wait for an ingress that Serve lists. One that Serve lists later has its first
+        request later still, and reads there what did not wait for it.
+
+        Raises:
+            Exception: What `read` raised, or TimeoutError; the next call tries again.
+        """
+        look = self._first_look
+        if look is None or (look.done() and (look.cancelled() or look.exception() is not None)):
+            look = self._first_look = asyncio.get_running_loop().create_task(self._read_store())
+        if not look.done():
+            await asyncio.wait_for(asyncio.shield(look), _FIRST_LOOK_S)
 
     def stop(self) -> None:
         """Follow no more."""
@@ -132,7 +137,7 @@ class Watch:
     async def _ask(self) -> Snapshot:
         """Wait for news of the catalog, however many pages they fill."""
         held = self.snapshot
-        page = await self._poll(self.name, held.revision, "")
+        page = await self._poll(held.revision, "")
         revision, tasks = page["revision"], {} if page["reset"] else dict(held.tasks)
         while True:
             for task, record in page["tasks"].items():
@@ -141,7 +146,7 @@ class Watch:
                     tasks[task] = TaskRecord.model_validate(record)
             if page["next"] is None:
                 break
-            page = await self._poll(self.name, held.revision, page["next"])
+            page = await self._poll(held.revision, page["next"])
         # What changed between the pages has a later revision, and comes with the next poll.
         return Snapshot(revision=revision, tasks=tasks)
 
@@ -160,19 +165,14 @@ class Watch:
 
     async def _install(self, new: Snapshot) -> None:
         """Hold a snapshot, once what it needs is prepared; an older one is never held."""
-        old = self.snapshot
-        if new.revision > old.revision:
-            names = {*old.tasks, *new.tasks}
-            changed = {name for name in names if old.tasks.get(name) != new.tasks.get(name)}
-            in_haste = time.monotonic() < self._settled_s
-            if not in_haste:
+        async with self._turn:
+            old = self.snapshot
+            if new.revision > old.revision:
+                names = {*old.tasks, *new.tasks}
+                changed = {name for name in names if old.tasks.get(name) != new.tasks.get(name)}
                 await self._prepared(old, new, changed)
-            async with self._installed:
                 self.snapshot = new
                 self._hold(new)
-                self._installed.notify_all()
-            if in_haste:
-                await self._prepared(old, new, changed)
         self._contact_s = time.monotonic()
 
     async def _prepared(self, old: Snapshot, new: Snapshot, changed: Collection[str]) -> None:

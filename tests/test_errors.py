@@ -24,6 +24,7 @@ from deployments.errors import (
     Forbidden,
     NoMatch,
     NotReady,
+    ReplicasLost,
     RequestError,
     Stale,
     TooLarge,
@@ -52,6 +53,7 @@ ERRORS = [
     (TooLarge("the body is over 5 bytes"), 413, ValueError),
     (NotReady("no replica runs"), 503, RuntimeError),
     (TooLate("the deadline passed"), 504, TimeoutError),
+    (ReplicasLost("the model replica was lost"), 503, RuntimeError),
     (Unsure("the store did not answer"), 503, RuntimeError),
 ]
 RETRIED = (AdapterIncomplete, AdapterChanged, StoreUnreachable, NotReady)

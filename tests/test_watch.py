@@ -30,17 +30,19 @@ class Catalog:
         self.away = self.store_away = self.hangs = False
         self.prepared: list[tuple[int, int, set[str]]] = []
         self.prepare_s = 0.0
+        self.num_reads = 0
 
     async def write(self, new: Snapshot) -> None:
         self.stored = new
         await self.feed.publish(new)
 
     def read(self, revision: int) -> Snapshot | None:
+        self.num_reads += 1
         if self.store_away:
             raise OSError("the store is away")
         return self.stored if self.stored.revision > revision else None
 
-    async def poll(self, watcher: str, revision: int, after: str) -> dict[str, Any]:
+    async def poll(self, revision: int, after: str) -> dict[str, Any]:
         while self.hangs:
             await asyncio.sleep(0.01)
         if self.away:
@@ -63,7 +65,6 @@ async def watch(catalog: Catalog) -> AsyncIterator[Watch]:
         catalog.read, catalog.poll, catalog.prepare, prepare_s=0.3, patience_s=0.5, every_s=0.05
     )
     await watch.start()
-    watch._settled_s = 0.0
     yield watch
     watch.stop()
 
@@ -74,15 +75,19 @@ async def until(happened: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
+async def holds(watch: Watch, revision: int) -> None:
+    await until(lambda: watch.snapshot.revision >= revision)
+
+
 async def test_it_starts_from_the_store_and_follows_the_catalog(
     catalog: Catalog, watch: Watch
 ) -> None:
     assert watch.snapshot == catalog.stored
     await catalog.write(snapshot(2, one=1, two=2))
-    await asyncio.wait_for(watch.reach(2), 5)
+    await holds(watch, 2)
     assert watch.snapshot == catalog.stored
     await catalog.write(snapshot(3, two=2))
-    await asyncio.wait_for(watch.reach(3), 5)
+    await holds(watch, 3)
     assert watch.snapshot == catalog.stored
 
 
@@ -97,18 +102,39 @@ async def test_a_snapshot_is_prepared_before_it_is_held(catalog: Catalog, watch:
     await catalog.write(snapshot(2, one=1, two=2))
     await until(lambda: (1, 2, {"two"}) in catalog.prepared)
     assert watch.snapshot.revision == 1
-    await asyncio.wait_for(watch.reach(2), 5)
+    await holds(watch, 2)
 
 
-async def test_soon_after_the_start_a_snapshot_is_held_before_it_is_prepared(
+async def test_a_first_request_is_answered_by_what_was_written_since_the_start(
+    catalog: Catalog,
+) -> None:
+    """Serve lists an ingress some time after it has read the store: until then nobody waits."""
+    catalog.hangs = True  # so that nothing comes by a poll
+    watch = Watch(catalog.read, catalog.poll, catalog.prepare)
+    await watch.start()
+    catalog.stored = snapshot(2, one=1, two=2)
+    await asyncio.gather(*(watch.catch_up() for _ in range(8)))
+    assert watch.snapshot == catalog.stored
+    assert catalog.num_reads == 2, "one for the start, one for all of the first requests"
+    catalog.stored = snapshot(3, one=1, two=3)
+    await watch.catch_up()
+    assert watch.snapshot.revision == 2, "later ones wait for nothing"
+    watch.stop()
+
+
+async def test_a_first_look_that_fails_is_tried_again_at_the_next_request(
     catalog: Catalog,
 ) -> None:
     watch = Watch(catalog.read, catalog.poll, catalog.prepare)
     await watch.start()
-    catalog.prepare_s = 60.0
-    await catalog.write(snapshot(2, one=1, two=2))
-    await asyncio.wait_for(watch.reach(2), 1)
-    await until(lambda: (1, 2, {"two"}) in catalog.prepared)
+    catalog.store_away = True
+    for _ in range(2):
+        with pytest.raises(OSError, match="away"):
+            await watch.catch_up()
+    catalog.store_away = False
+    catalog.stored = snapshot(2, two=2)
+    await watch.catch_up()
+    assert watch.snapshot == catalog.stored
     watch.stop()
 
 
@@ -117,16 +143,7 @@ async def test_a_preparation_that_hangs_is_not_waited_for_long(
 ) -> None:
     catalog.prepare_s = 60.0
     await catalog.write(snapshot(2, two=2))
-    await asyncio.wait_for(watch.reach(2), 5)
-
-
-async def test_reach_waits_for_its_revision(catalog: Catalog, watch: Watch) -> None:
-    waiting = asyncio.ensure_future(watch.reach(3))
-    await catalog.write(snapshot(2, one=2))
-    await asyncio.wait_for(watch.reach(2), 5)
-    assert not waiting.done()
-    await catalog.write(snapshot(3, one=3))
-    await asyncio.wait_for(waiting, 5)
+    await holds(watch, 2)
 
 
 async def test_without_the_catalog_the_store_says_what_is_true(
@@ -134,12 +151,12 @@ async def test_without_the_catalog_the_store_says_what_is_true(
 ) -> None:
     catalog.away = True
     catalog.stored = snapshot(4, four=4)  # another cluster's, of which the feed knows nothing
-    await asyncio.wait_for(watch.reach(4), 5)
+    await holds(watch, 4)
     assert watch.snapshot == catalog.stored
     assert watch.stale_s == 0
     catalog.away = False
     await catalog.write(snapshot(5, four=4, five=5))
-    await asyncio.wait_for(watch.reach(5), 5)
+    await holds(watch, 5)
     assert watch.snapshot == catalog.stored
 
 
@@ -150,7 +167,7 @@ async def test_while_the_catalog_keeps_a_poll_waiting_the_store_is_read(
     catalog.hangs = True  # as a call does whose replica is being started again
     for revision in (4, 5):
         catalog.stored = snapshot(revision, one=revision)
-        await asyncio.wait_for(watch.reach(revision), 5)
+        await holds(watch, revision)
         assert watch.away
     catalog.hangs = False
     await until(lambda: not watch.away)
@@ -172,7 +189,7 @@ async def test_without_either_it_says_for_how_long(
 
 async def test_an_older_revision_is_never_held(catalog: Catalog, watch: Watch) -> None:
     await catalog.write(snapshot(3, one=3))
-    await asyncio.wait_for(watch.reach(3), 5)
+    await holds(watch, 3)
     catalog.away, catalog.stored = True, snapshot(2, one=2)
     await asyncio.sleep(0.3)
     assert watch.snapshot == snapshot(3, one=3)

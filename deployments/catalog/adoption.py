@@ -9,7 +9,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from adapters.errors import AdapterChanged, AdapterRefused, TaskNotFound
+from adapters.errors import AdapterChanged, AdapterIncomplete, AdapterRefused, TaskNotFound
 from adapters.store import Look, Store
 from deployments.catalog import state
 from deployments.catalog.effects import Effects
@@ -174,6 +174,11 @@ class Adoption:
             )
 
         async with self._ledger.turns[task]:
+            # A publication has its marker before its folder, so if it has none by now it has ended:
+            # the catalog knows the version, or the folder is gone.
+            unfinished = await asyncio.to_thread(self._store.unfinished)
+            if (task, version) in {(t, v) for _, t, v in unfinished}:
+                raise AdapterIncomplete(task, f"{version} is being published")
             await self._effects.describe(task, version, {})
             snapshot = self._ledger.snapshot
             draft = added(snapshot).tasks[task]

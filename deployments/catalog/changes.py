@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
@@ -14,7 +15,7 @@ from deployments.catalog import state
 from deployments.catalog.adoption import Adoption, Found
 from deployments.catalog.effects import Effects
 from deployments.catalog.ledger import Ledger
-from deployments.catalog.publication import publish_staged
+from deployments.catalog.publication import PutBack, ensure_there, publish_staged, withdraw
 from deployments.catalog.readiness import checked, make_ready
 from deployments.errors import NotReady, RequestError, Stale, Unsure
 from deployments.snapshot import Snapshot, TaskPatch, TaskRecord
@@ -76,7 +77,7 @@ class Changes:
     ) -> dict[str, Any]:
         facts = await checked(self._effects.check(task, staging, {}))
         version, now_s = facts["version"], datetime.now(UTC).timestamp()
-        made: list[str] = []
+        made: dict[str, PutBack] = {}
 
         def added(seen: int | None) -> Transition:
             return lambda snapshot: state.add_version(
@@ -87,9 +88,13 @@ class Changes:
             if record is not None and (record.deleted or version in record.doomed):
                 raise NotReady(f"{task}@{version} is being deleted; try again in a few seconds")
             known = record is not None and version in record.versions
-            if version not in made:  # else it has moved, and a second draft finds it there
-                await asyncio.to_thread(publish_staged, self._store, staging, task, version, known)
-                made.extend([] if known else [version])
+            await asyncio.to_thread(publish_staged, self._store, staging, task, version, known)
+            if known:
+                made.pop(version, None)  # another cluster has written it since the first draft
+            else:
+                made[version] = lambda: asyncio.to_thread(
+                    self._store.publish, staging, task, version
+                )
 
         what = {"publish": version, "source": source, "activate": activate}
         record = await self._change(
@@ -187,7 +192,7 @@ class Changes:
         what: dict[str, Any],
         if_match: int | None,
         golden: bool = True,
-        made: list[str] | None = None,
+        made: dict[str, PutBack] | None = None,
         place: Callable[[TaskRecord | None], Awaitable[None]] | None = None,
     ) -> TaskRecord:
         """Draft, make ready and write a change; of one that is refused nothing stays.
@@ -199,10 +204,10 @@ class Changes:
             what: What is changed, for the history.
             if_match: The etag that the task must have.
             golden: Whether golden answers are asked for.
-            made: Versions whose folders this change has made.
+            made: Versions whose folders this change has made, and what makes one again.
             place: Awaited with the record before each draft; with one a task need not exist.
         """
-        made = [] if made is None else made
+        made = {} if made is None else made
         async with self._ledger.turns[task]:
             try:
                 for _ in range(_TRIES):
@@ -214,19 +219,25 @@ class Changes:
                     transition = _whole(own, record, found)
                     await self._ready(task, record, found, transition, golden)
                     if found is not None and found.version not in made:
-                        await self._adoption.copy(task, found.version)
-                        made.append(found.version)
+                        copied = functools.partial(self._adoption.copy, task, found.version)
+                        await copied()
+                        made[found.version] = copied
                     try:
                         written = await self._ledger.commit(transition, by=by, task=task, what=what)
-                        return written.tasks[task]
                     except Stale:
                         if if_match is not None:
                             raise
+                        continue
+                    for version, put_back in made.items():
+                        await ensure_there(self._store, task, version, put_back)
+                    return written.tasks[task]
                 raise NotReady(f"task {task!r} changes all the time; try again in a second")
             except Unsure:
                 raise
             except (RequestError, AdapterError):
-                await self._withdraw(task, made)
+                for version, put_back in made.items():
+                    if await withdraw(self._ledger, self._store, task, version, put_back):
+                        await self._effects.forget(task, version)
                 raise
 
     async def _found(self, task: str, by: str, must: bool) -> Found | None:
@@ -254,17 +265,6 @@ class Changes:
         known = record if found is None else found.taken_in(snapshot).tasks[task]
         draft = transition(snapshot).tasks[task]
         await make_ready(self._effects, task, known, draft, golden=golden)
-
-    async def _withdraw(self, task: str, made: list[str]) -> None:
-        """Leave no folder of a change that was not written."""
-        if not made:
-            return
-        snapshot = await self._ledger.refresh()
-        record = snapshot.tasks.get(task)
-        for version in made:
-            if record is None or version not in (*record.versions, *record.doomed):
-                await asyncio.to_thread(self._store.remove, task, version)
-                await self._effects.forget(task, version)
 
     async def _told(self, task: str, record: TaskRecord) -> dict[str, Any]:
         """Wait until everybody knows, and say who does not."""

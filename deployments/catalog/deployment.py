@@ -53,8 +53,18 @@ class Catalog:
         )
         self._upkeep.start()
 
-    async def poll(self, watcher: str, revision: int, after: str = "") -> dict[str, Any]:
-        """Tell a watcher what is newer than it holds; see `deployments.catalog.feed.Feed.page`."""
+    async def poll(
+        self, revision: int, after: str = "", ingress: str | None = None
+    ) -> dict[str, Any]:
+        """Tell a watcher what is newer than it holds; see `deployments.catalog.feed.Feed.page`.
+
+        Args:
+            revision: What it holds.
+            after: As there.
+            ingress: Its replica id if it is an ingress, which changes wait for.
+        """
+        if ingress is not None:
+            self._others.ingresses.hold(ingress, revision)
         return await self._ledger.feed.page(revision, after, POLL_S)
 
     async def publish(
@@ -107,7 +117,7 @@ class Catalog:
             raise TaskNotFound(task)
         return await self._ledger.history(task=task, before=before, limit=limit)
 
-    async def report(self, watcher: str, counted: list[dict[str, Any]]) -> None:
+    async def report(self, counted: list[dict[str, Any]]) -> None:
         """Take what an ingress counted since it last told."""
         self._usage.add(map(Usage.model_validate, counted))
 

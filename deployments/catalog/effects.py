@@ -21,8 +21,13 @@ class Effects(Protocol):
     async def describe(self, task: str, version: str, rules: dict[str, Any]) -> Facts:
         """Validate a version with rules laid over its own; raises as `check`."""
 
-    async def warm(self, task: str, version: str) -> None:
-        """Bring a version into a slot of every model replica; raises as `check`."""
+    async def warm(self, task: str, *versions: str) -> None:
+        """Bring versions into slots of every model replica; several so that all could be pinned.
+
+        Raises:
+            BankFull: What is pinned leaves no room for them.
+            AdapterError, NotReady: As `check`.
+        """
 
     async def forget(self, task: str, version: str) -> None:
         """Have every model replica let go of a version that is none; raises nothing."""

@@ -8,28 +8,35 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ray import serve
-from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from deployments.catalog.ingresses import Ingresses
 from deployments.errors import NotReady
+from deployments.internals import is_dead, running_replicas
 from deployments.rows import Facts
 
+_INGRESS = "Ingress"
 # How long a change waits for the ingresses before it is answered all the same.
 _REACH_S = 5.0
 # How long a model replica may take to load a version.
 _MODEL_S = 60.0
-_SILENT = "an ingress that does not answer"
 
 
 class Others:
-    """Model replicas and ingresses, reached over handles; an `effects.Effects`."""
+    """Model replicas and ingresses, reached over handles; an `effects.Effects`.
+
+    Attributes:
+        ingresses: Who holds which revision.
+    """
 
     def __init__(self, model: DeploymentHandle[Any]) -> None:
         """Take the model's handle; the ingress, which has ours, is found by its name."""
         self._model = model
         self._app = serve.get_replica_context().app_name
         self._found: DeploymentHandle[Any] | None = None
+        self.ingresses = Ingresses(lambda: running_replicas(self._app, _INGRESS), is_dead)
 
     async def check(self, task: str, staging: str | None, rules: dict[str, Any]) -> Facts:
         """Have a model replica validate files as a load would."""
@@ -41,13 +48,14 @@ class Others:
         facts: Facts = await _ask(lambda: self._model.describe.remote(task, version, rules))
         return facts
 
-    async def warm(self, task: str, version: str) -> None:
-        """Bring a version into a slot of every model replica."""
+    async def warm(self, task: str, *versions: str) -> None:
+        """Bring versions into slots of every model replica."""
         try:
-            answers = await self._everywhere(self._model, "warm", _MODEL_S, task, version)
+            answers = await self._everywhere(self._model, "warm", _MODEL_S, task, *versions)
         except TimeoutError:
+            names = " and ".join(f"{task}@{version}" for version in versions)
             raise NotReady(
-                f"{task}@{version} was not in all slots within {_MODEL_S:.0f} s"
+                f"{names} came into no slot of some replica within {_MODEL_S:.0f} s"
             ) from None
         for answer in answers:
             if isinstance(answer, BaseException) and not _is_lost(answer):
@@ -66,18 +74,13 @@ class Others:
         return problems
 
     async def reach(self, revision: int, wait_s: float = _REACH_S) -> list[str]:
-        """Wait until every ingress that Serve counts as running holds a revision."""
-        try:
-            told = await self._everywhere(self._ingress, "reach", wait_s + 1.0, revision, wait_s)
-        except (NotReady, TimeoutError):
-            return [_SILENT]
-        late = [answer for answer in told if answer is not None and not _is_dead(answer)]
-        return [answer if isinstance(answer, str) else _SILENT for answer in late]
+        """Wait until every ingress that Serve lists holds a revision."""
+        return await self.ingresses.reach(revision, wait_s)
 
     @property
     def _ingress(self) -> DeploymentHandle[Any]:
         if self._found is None:
-            self._found = serve.get_deployment_handle("Ingress", self._app)
+            self._found = serve.get_deployment_handle(_INGRESS, self._app)
         return self._found
 
     async def _everywhere(
@@ -118,8 +121,3 @@ def _plain(error: BaseException) -> BaseException:
 
 def _is_lost(answer: BaseException) -> bool:
     return isinstance(answer, RayActorError)
-
-
-def _is_dead(answer: object) -> bool:
-    """Tell whether a replica has ended, and not only cannot be reached."""
-    return isinstance(answer, ActorDiedError)

@@ -27,6 +27,7 @@ async def make_ready(
 
     Raises:
         BadInput: A version cannot be served with these rules, or misses its golden answers.
+        BankFull: What is pinned leaves no room for it.
         NotReady: No model replica is running.
     """
     before = frozenset[str]() if old is None or old.deleted else old.in_use
@@ -38,6 +39,10 @@ async def make_ready(
     # A canary has been in slots, and may have left those of a replica that never got its rows.
     for version in sorted({*fresh, new.active} if switches else fresh):
         await checked(effects.warm(task, version))
+    # What is pinned stays: all of it has to fit in at once.
+    was_pinned = set(old.answering) if old is not None and old.pinned else set()
+    if new.pinned and not was_pinned.issuperset(new.answering):
+        await checked(effects.warm(task, *new.answering))
     answered = set() if old is None or old.deleted else {*old.answering}
     newly = {*new.answering} - answered | ({new.active} if switches else set())
     for version in sorted(newly) if golden else ():

@@ -10,7 +10,7 @@ changed, 0 for one that has no record.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 from adapters.errors import TASK_NAME, TaskNotFound, VersionNotFound
 from deployments.catalog.patch import patched
@@ -179,16 +179,32 @@ def folder_removed(snapshot: Snapshot, task: str) -> Snapshot:
     return _with(snapshot, task, record.model_copy(update={"folder": None}))
 
 
-def purged(snapshot: Snapshot, task: str, version: str | None) -> Snapshot:
-    """Forget what was deleted, now that its files are gone: a version, or with None the task."""
+def claim_purge(
+    snapshot: Snapshot, task: str, version: str | None, purger: str, instead_of: str | None
+) -> Snapshot:
+    """Name who alone may remove the files of a deleted version, or with None task, from now on."""
     record = snapshot.tasks.get(task)
-    if record is not None and version in record.doomed:
+    if not is_going(record, version) or record.purger != instead_of:
+        return snapshot
+    return _with(snapshot, task, record.model_copy(update={"purger": purger}))
+
+
+def is_going(record: TaskRecord | None, version: str | None) -> TypeGuard[TaskRecord]:
+    """Tell whether a version, or with None the task, is deleted and its files are not removed."""
+    return record is not None and (record.deleted if version is None else version in record.doomed)
+
+
+def purged(snapshot: Snapshot, task: str, version: str | None, purger: str) -> Snapshot:
+    """Forget what was deleted, now that its purger has removed its files; as `claim_purge`."""
+    record = snapshot.tasks.get(task)
+    if not is_going(record, version) or record.purger != purger:
+        return snapshot
+    if version is not None:
         doomed = tuple(name for name in record.doomed if name != version)
-        return _with(snapshot, task, record.model_copy(update={"doomed": doomed}))
-    if record is not None and version is None and record.deleted:
-        tasks = {name: one for name, one in snapshot.tasks.items() if name != task}
-        return Snapshot(revision=snapshot.revision + 1, tasks=tasks)
-    return snapshot
+        update = {"doomed": doomed, "purger": None}
+        return _with(snapshot, task, record.model_copy(update=update))
+    tasks = {name: one for name, one in snapshot.tasks.items() if name != task}
+    return Snapshot(revision=snapshot.revision + 1, tasks=tasks)
 
 
 def return_traffic(snapshot: Snapshot, task: str, version: str) -> Snapshot:

@@ -93,7 +93,7 @@ class Writer:
 
     def _refresh(self) -> Snapshot:
         if not self._has_read:
-            self.snapshot, _ = self.journal.newest()
+            self.snapshot = self.journal.newest()
             self._has_read = True
         else:
             self.snapshot = self.journal.newer(self.snapshot.revision) or self.snapshot

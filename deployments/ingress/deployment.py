@@ -8,14 +8,13 @@ from collections.abc import Collection
 from typing import Any
 
 from fastapi import FastAPI
-from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from adapters.directory import Directory
 from adapters.documents import open_documents
 from adapters.store import GOLDEN, MAX_GOLDEN_BYTES
 from deployments.config import Args, admin_token, tokenize_without_pool
-from deployments.errors import INTERNAL, to_problem
+from deployments.errors import INTERNAL, NotReady, to_problem
 from deployments.ingress.access import Access
 from deployments.ingress.admin import add_change_routes
 from deployments.ingress.fanout import FanOut
@@ -81,7 +80,7 @@ class Ingress:
         self._reporting = asyncio.get_running_loop().create_task(
             report(
                 self._predictor.tally,
-                lambda counted: self._catalog.report(self._watch.name, counted),
+                self._catalog.report,
                 _REPORT_EVERY_S,
             )
         )
@@ -97,6 +96,7 @@ class Ingress:
             max_upload_bytes=args.max_upload_bytes,
             usage=self._catalog.usage,
             fan_out=self._fan_out,
+            before_each=self._catch_up,
         )
         add_change_routes(
             api,
@@ -133,6 +133,7 @@ class Ingress:
             RuntimeError: The task's adapter, or the model, is not available.
         """
         try:
+            await self._catch_up()
             request = to_request(texts, return_scores=return_scores, threshold=threshold)
             return await self._predictor.predict(task, request, routing_key)
         except Exception as error:
@@ -161,6 +162,7 @@ class Ingress:
             RuntimeError: The store is not available. What fails for a task is in its answer.
         """
         try:
+            await self._catch_up()
             request = to_many_request(
                 tasks, texts, return_scores=return_scores, threshold=threshold
             )
@@ -186,13 +188,17 @@ class Ingress:
         facts = await self._model.describe(task, version, rules)
         return await try_golden(content, facts, self._predictor.runs)
 
-    async def reach(self, revision: int, wait_s: float) -> str | None:
-        """Wait until a revision of the catalog holds here; return this replica's name if not."""
+    async def _catch_up(self) -> None:
+        """Before the first request: hold what was written since this ingress read the store."""
         try:
-            await asyncio.wait_for(self._watch.reach(revision), wait_s)
-        except TimeoutError:
-            return serve.get_replica_context().replica_id.unique_id
-        return None
+            await self._watch.catch_up()
+        except Exception as error:
+            logger.warning("catalog: no first look at the store: %r", error)
+            if self._args.on_lost_catalog == "refuse":
+                raise NotReady(
+                    "this ingress has just started and cannot read the store to learn what "
+                    "is true; try again in a second"
+                ) from None
 
     async def _prepare(self, old: Snapshot, new: Snapshot, changed: Collection[str]) -> None:
         await self._tasks.prepare(old, new, changed)

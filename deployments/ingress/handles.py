@@ -8,12 +8,13 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import orjson
+from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from adapters.rules import Priority, ProblemType
-from deployments.errors import BatchLoopDied, NotReady
+from deployments.errors import BatchLoopDied, NotReady, ReplicasLost
 from deployments.ingress.calls import Answers, Asked, Encodings
 from deployments.ingress.catalog import CatalogLost
 from deployments.rows import Facts
@@ -87,9 +88,10 @@ class CatalogHandle:
         self._handle = handle
         self.is_away: Callable[[], bool] = lambda: False
 
-    async def poll(self, watcher: str, revision: int, after: str) -> dict[str, Any]:
-        """Wait for news; see `deployments.catalog.feed.Feed.page`."""
-        page: dict[str, Any] = await self._handle.poll.remote(watcher, revision, after)
+    async def poll(self, revision: int, after: str) -> dict[str, Any]:
+        """Wait for news, and so say what this ingress holds; see `catalog.feed.Feed.page`."""
+        own = serve.get_replica_context().replica_id.unique_id
+        page: dict[str, Any] = await self._handle.poll.remote(revision, after, own)
         return page
 
     async def publish(self, task: str, staging: str, **given: Any) -> dict[str, Any]:
@@ -122,9 +124,9 @@ class CatalogHandle:
         )
         return answer
 
-    async def report(self, watcher: str, counted: list[dict[str, Any]]) -> None:
+    async def report(self, counted: list[dict[str, Any]]) -> None:
         """Tell what was counted since the last time."""
-        await self._read(lambda: self._handle.report.remote(watcher, counted))
+        await self._read(lambda: self._handle.report.remote(counted))
 
     async def usage(self, tasks: list[str]) -> dict[str, dict[str, Any]] | None:
         """Ask what was counted of tasks, by version; None if the catalog is away."""
@@ -176,5 +178,5 @@ async def _reach(call: Callable[[], Awaitable[T]]) -> T:
             raise NotReady("no model replica is running") from None
         except (RayActorError, BatchLoopDied):
             if attempt == 2:
-                raise NotReady("the model replica was lost; try again in a second") from None
+                raise ReplicasLost("the model replica was lost; try again in a second") from None
     raise AssertionError("the last attempt returns or raises")

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from adapters.errors import AdapterError
-from deployments.errors import BadInput, RequestError
+from deployments.errors import BadInput, ReplicasLost, RequestError
 from deployments.ingress.calls import AskModel
 from deployments.ingress.results import Run, to_results
 from deployments.ingress.runs import Runs
@@ -115,6 +115,9 @@ class Predictor:
         facts = await self._tasks.facts(choice)
         try:
             return await ask(facts, request)
+        except ReplicasLost:
+            self._count_failed(choice, request)
+            raise
         except (RequestError, AdapterError):
             raise
         except Exception:

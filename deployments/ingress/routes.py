@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Annotated
 
-from fastapi import FastAPI, Header, Query, Request
+from fastapi import Depends, FastAPI, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -43,6 +44,7 @@ def make_api(
     max_upload_bytes: int,
     usage: AskUsage | None = None,
     fan_out: FanOut | None = None,
+    before_each: Callable[[], Awaitable[None]] | None = None,
 ) -> FastAPI:
     """Return the HTTP application.
 
@@ -54,15 +56,10 @@ def make_api(
         max_upload_bytes: Largest upload of a version.
         usage: Asks the catalog what was counted; None where there is none.
         fan_out: Who answers `POST /v1/predict`, which is not there if this is None.
+        before_each: Awaited before each request is answered; its errors are the answer.
     """
-    api = FastAPI(title="onebase", description="One base model, every task.", redoc_url=None)
+    api = _new_api(before_each)
     api.add_middleware(BodyLimit, max_bytes=max_body_bytes, max_upload_bytes=max_upload_bytes)
-    api.add_exception_handler(RequestValidationError, _invalid)
-    api.add_exception_handler(HTTPException, _http)
-    # By name, since Starlette also raises on what the handler of Exception has answered: Serve
-    # would log a traceback for every caller's mistake.
-    for kind in (RequestError, AdapterError, Exception):
-        api.add_exception_handler(kind, _any)
     listing = Listing(tasks, usage)
 
     @api.post("/v1/tasks/{task}/predict", summary="Classify texts by a task's adapter")
@@ -90,6 +87,23 @@ def make_api(
         async def predict_many(body: ManyRequest, key: RoutingKey = None) -> JSONResponse:
             return JSONResponse(await fan_out.predict(body, key))
 
+    return api
+
+
+def _new_api(before_each: Callable[[], Awaitable[None]] | None) -> FastAPI:
+    """Return an application without routes, whose errors are problem+json."""
+    api = FastAPI(
+        title="onebase",
+        description="One base model, every task.",
+        redoc_url=None,
+        dependencies=[] if before_each is None else [Depends(before_each)],
+    )
+    api.add_exception_handler(RequestValidationError, _invalid)
+    api.add_exception_handler(HTTPException, _http)
+    # By name, since Starlette also raises on what the handler of Exception has answered: Serve
+    # would log a traceback for every caller's mistake.
+    for kind in (RequestError, AdapterError, Exception):
+        api.add_exception_handler(kind, _any)
     return api
 
 

@@ -23,8 +23,6 @@ from deployments.snapshot import Snapshot, TaskRecord
 
 # How long what is known of the catalog counts as true without word from it or from the store.
 _LOST_AFTER_S = 5.0
-# How long a new snapshot waits for the facts of its versions.
-_PREPARE_S = 2.0
 # Tasks that changed at once, over which only those are prepared that were asked for here before:
 # a start is no reason to load everything.
 _MOST_PREPARED = 32
@@ -192,7 +190,8 @@ class Tasks:
     async def prepare(self, old: Snapshot, new: Snapshot, changed: Collection[str]) -> None:
         """Ask about what a new snapshot may need, so that no request pays for it.
 
-        Called before the snapshot is installed, which it holds up by 2 s at most; never raises.
+        Called before the snapshot is installed, which waits for it as long as `Watch` lets it;
+        what is left then is asked for all the same. Never raises.
 
         Args:
             old: The installed one.
@@ -213,7 +212,7 @@ class Tasks:
         for task in asked:
             task.add_done_callback(self._preparing.discard)
         if asked:
-            await asyncio.wait(asked, timeout=_PREPARE_S)
+            await asyncio.wait(asked)
 
     async def _ready(
         self, task: str, version: str, record: TaskRecord, turns: asyncio.Semaphore

@@ -42,7 +42,8 @@ class Tally:
         """Count rows that a version was asked for, those among them that failed in the model too.
 
         What fails by its caller's fault is no row here: it never reaches the model. Nor is what no
-        replica had room for, which is no version's fault either.
+        replica had room for, which is no version's fault either. What lost every replica that it
+        was sent to is, although rows beside it in a batch are lost, and counted, too.
         """
         counts = self._of(task, version)
         counts.num_rows += num_rows

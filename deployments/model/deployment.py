@@ -125,13 +125,9 @@ class Model:
         artifact = await self.residents.reader.check(task, staging, rules or {})
         return to_facts(artifact, self._max_length)
 
-    async def warm(self, task: str, version: str) -> None:
-        """Bring a version into a slot of this replica.
-
-        Raises:
-            AdapterError: The version cannot be had.
-        """
-        await self.residents.warm(task, version)
+    async def warm(self, task: str, *versions: str) -> None:
+        """Bring versions of a task into slots of this replica; see `Residents.warm`."""
+        await self.residents.warm(task, *versions)
 
     async def hot(self) -> list[str]:
         """Return what a replica that starts should have too; see `Residents.hot`."""

@@ -29,10 +29,10 @@ def catalog_poll() -> Poll | None:
     except RayServeException:
         return None
 
-    async def poll(watcher: str, revision: int, after: str) -> dict[str, Any]:
+    async def poll(revision: int, after: str) -> dict[str, Any]:
         # By its name, which has to wait until both are deployed: the catalog has our handle.
         catalog = serve.get_deployment_handle("Catalog", app)
-        page: dict[str, Any] = await catalog.poll.remote(watcher, revision, after)
+        page: dict[str, Any] = await catalog.poll.remote(revision, after)
         return page
 
     return poll

@@ -102,15 +102,16 @@ class Residents:
             held = await self._held(task, version)
         return await self.reader.under_rules(held, rules or {})
 
-    async def warm(self, task: str, version: str) -> None:
-        """Bring a version into a slot.
+    async def warm(self, task: str, *versions: str) -> None:
+        """Bring versions into slots; several so that all are there at once, and could be pinned.
 
         Raises:
-            AdapterError: The version cannot be had.
+            AdapterError: One of them cannot be had, or they do not fit together.
         """
-        with self._passing(task, version):
-            async with self.slots.pin(f"{task}@{version}"):
-                pass
+        with contextlib.ExitStack() as passing:
+            for version in versions:
+                passing.enter_context(self._passing(task, version))
+            await self.slots.seat([f"{task}@{version}" for version in versions])
 
     def hot(self, limit: int) -> list[str]:
         """Return `task@version` of the residents that were asked for last, the latest first."""

@@ -418,6 +418,23 @@ async def test_what_has_no_room_beside_what_is_kept_is_refused_and_nobody_leaves
     assert set(slots.resident) == {"aa", "ee"}
 
 
+async def test_what_is_seated_together_fits_together_or_is_refused(bank: Bank) -> None:
+    slots = bank.slots(max_slots=2)
+    for version in ("x", "y"):
+        await use(slots, version)
+    await slots.seat(["a", "b"])
+    assert slots.resident.keys() == {"a", "b"}
+    with pytest.raises(BankFull, match="no room for c beside the 2 adapters"):
+        await slots.seat(["a", "b", "c"])
+    await use(slots, "c")  # none of them is kept after that
+    await slots.keep("c")
+    with pytest.raises(BankFull):
+        await slots.seat(["a", "b"])
+    await slots.seat(["a"])
+    await slots.seat(["b"])
+    assert slots.resident.keys() == {"b", "c"}
+
+
 async def test_what_cannot_be_kept_is_not(bank: Bank) -> None:
     slots = bank.slots(1)
     bank.absent.add("a")

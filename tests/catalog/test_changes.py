@@ -11,7 +11,13 @@ import pytest
 
 from adapters.directory import Directory
 from adapters.documents import open_documents
-from adapters.errors import AdapterIncomplete, AdapterRefused, TaskNotFound, VersionNotFound
+from adapters.errors import (
+    AdapterIncomplete,
+    AdapterRefused,
+    BankFull,
+    TaskNotFound,
+    VersionNotFound,
+)
 from adapters.store import CONFIG, WEIGHTS
 from deployments.catalog.adoption import Adoption
 from deployments.catalog.changes import Changes
@@ -32,6 +38,7 @@ class Replicas:
         self.problems: list[str] = []
         self.away = False
         self.waiting_for: list[str] = []
+        self.room = 99
         self.meanwhile: Callable[[], Any] | None = None
 
     async def check(self, task: str, staging: str | None, rules: dict[str, Any]) -> Any:
@@ -50,8 +57,10 @@ class Replicas:
             raise AdapterRefused(task, ["1 label is named, the head has 2"])
         return {"version": self.store.read(task, version).version}
 
-    async def warm(self, task: str, version: str) -> None:
-        self.asked.append(("warm", task, version))
+    async def warm(self, task: str, *versions: str) -> None:
+        self.asked.append(("warm", task, *versions))
+        if len(versions) > self.room:
+            raise BankFull(f"{task}@{versions[-1]}", self.room)
         if self.meanwhile is not None:
             meanwhile, self.meanwhile = self.meanwhile, None
             await meanwhile()
@@ -256,6 +265,25 @@ async def test_a_canary_is_warmed_anew_before_it_is_active(world: World) -> None
     assert ("warm", "mood", second) in world.replicas.asked
 
 
+async def test_what_is_pinned_has_room_in_slots_before(world: World) -> None:
+    first = (await world.publish(1))["version"]
+    second = (await world.publish(2))["version"]
+    await world.patch(traffic={second: 0.5})
+    before = world.record
+    world.replicas.asked.clear()
+    world.replicas.room = 1
+    with pytest.raises(BankFull, match=f"no room for mood@{second} beside"):
+        await world.patch(pinned=True)
+    assert world.record == before
+    world.replicas.room = 2
+    await world.patch(pinned=True)
+    assert world.replicas.asked.count(("warm", "mood", first, second)) == 2
+    world.replicas.asked.clear()
+    await world.patch(traffic={})
+    await world.patch(pinned=False)
+    assert [one for one in world.replicas.asked if one[0] == "warm"] == []
+
+
 async def test_a_rollback_asks_for_no_golden_answers(world: World) -> None:
     first = (await world.publish(1))["version"]
     second = (await world.publish(2, activate=True))["version"]
@@ -367,14 +395,19 @@ async def test_history_comes_in_pages_that_messages_can_carry(world: World) -> N
 
 async def test_a_caller_that_goes_away_leaves_no_change_untold(world: World) -> None:
     await world.publish(1)
+
+    async def told() -> int:
+        return int((await world.ledger.feed.page(0, "", 0.0))["revision"])
+
     for number in range(20):
         change = asyncio.ensure_future(world.patch(rules={"threshold": number / 100}))
         await asyncio.sleep(number / 2000)
         change.cancel()
         await asyncio.gather(change, return_exceptions=True)
-        await asyncio.sleep(0.05)
-        page = await world.ledger.feed.page(0, "", 0.0)
-        assert page["revision"] == world.writer.snapshot.revision == world.record.revision
+        async with asyncio.timeout(10):
+            while await told() != world.record.revision:
+                await asyncio.sleep(0.01)
+        assert world.writer.snapshot.revision == world.record.revision
 
 
 async def test_forty_patches_at_once_all_hold_without_if_match(world: World) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from adapters.documents import open_documents
+from adapters.store import open_store
 from deployments.journal import NUM_KEPT, Journal
 from tests.catalog.stream import numbers
 
@@ -72,9 +73,16 @@ def victims() -> Iterator[Victims]:
 def found(directory: Path) -> int:
     """Read a catalog, and all its history, as the next process will; return its revision."""
     journal = Journal(open_documents(str(directory)))
-    snapshot, _ = journal.newest()
+    snapshot = journal.newest()
     changes = journal.history(task=None, before=None, limit=10_000)
     assert [change.revision for change in changes] == list(range(snapshot.revision, 0, -1))
+    store = open_store(str(directory))
+    for task, record in snapshot.tasks.items():
+        for version in record.versions:
+            assert store.read(task, version).version == version
+        # A purge that was on its way, or an upload, may have been killed before it was written.
+        beside = {*store.versions(task)} - record.versions.keys() - {*record.doomed}
+        assert len(beside) <= 1
     return numbers(snapshot)
 
 

@@ -223,6 +223,26 @@ def test_a_version_in_use_stays_and_says_why(three: Snapshot) -> None:
             state.delete_version(used, "mood", version, None)
 
 
+def purge(snapshot: Snapshot, version: str | None) -> Snapshot:
+    claimed = state.claim_purge(snapshot, "mood", version, "us", None)
+    return state.purged(claimed, "mood", version, "us")
+
+
+def test_one_alone_purges_until_another_takes_its_place(three: Snapshot) -> None:
+    doomed = state.delete_version(three, "mood", B, None)
+    assert state.purged(doomed, "mood", B, "one") is doomed, "nobody was named"
+    assert state.claim_purge(doomed, "mood", C, "one", None) is doomed, "it is not deleted"
+    claimed = state.claim_purge(doomed, "mood", B, "one", None)
+    assert state.claim_purge(claimed, "mood", B, "two", None) is claimed
+    assert state.purged(claimed, "mood", B, "two") is claimed
+    with pytest.raises(NotReady, match="being deleted"):
+        add(claimed, B)
+    taken_over = state.claim_purge(claimed, "mood", B, "two", "one")
+    assert state.purged(taken_over, "mood", B, "one") is taken_over
+    gone = state.purged(taken_over, "mood", B, "two")
+    assert (mood(gone).doomed, mood(gone).purger) == ((), None)
+
+
 def test_a_version_is_doomed_then_forgotten_then_may_come_again(three: Snapshot) -> None:
     moved = patch(patch(three, active=B), active=C)
     moved = state.delete_version(patch(moved, active=B), "mood", C, None)
@@ -232,9 +252,9 @@ def test_a_version_is_doomed_then_forgotten_then_may_come_again(three: Snapshot)
         add(moved, C)
     with pytest.raises(VersionNotFound):
         state.delete_version(moved, "mood", C, None)
-    gone = state.purged(moved, "mood", C)
+    gone = purge(moved, C)
     assert mood(gone).doomed == ()
-    assert state.purged(gone, "mood", C) is gone
+    assert purge(gone, C) is gone
     assert C in mood(add(gone, C)).versions
 
 
@@ -257,8 +277,8 @@ def test_a_task_is_deleted_then_forgotten(three: Snapshot) -> None:
     ):
         with pytest.raises(NotReady):
             call()
-    assert state.purged(three, "mood", None) is three
-    gone = state.purged(deleted, "mood", None)
+    assert purge(three, None) is three
+    gone = purge(deleted, None)
     assert gone.tasks == {}
     assert add(gone, A, if_match=0).revision == gone.revision + 1
 
@@ -267,7 +287,7 @@ def test_a_folder_without_a_record_can_be_deleted() -> None:
     deleted = state.delete_task(Snapshot(), "mood", 0)
     invariants(deleted)
     assert mood(deleted).deleted
-    assert state.purged(deleted, "mood", None).tasks == {}
+    assert purge(deleted, None).tasks == {}
 
 
 def test_the_folder_is_followed_by_those_who_only_drop_folders() -> None:
@@ -289,7 +309,7 @@ def test_what_was_deleted_does_not_come_back_from_its_folder() -> None:
     snapshot = add(snapshot, B, activate=True)
     snapshot = state.delete_version(snapshot, "mood", A, None)
     assert state.adopt(snapshot, "mood", A, "us", 1.5) is snapshot
-    snapshot = state.purged(snapshot, "mood", A)
+    snapshot = purge(snapshot, A)
     assert state.adopt(snapshot, "mood", A, "us", 1.5) is snapshot
 
 
@@ -337,7 +357,10 @@ STEPS: st.SearchStrategy[Callable[[Snapshot], Snapshot]] = st.one_of(
     st.builds(lambda t: lambda s: state.rollback(s, t, None), TASKS),
     st.builds(lambda t, v: lambda s: state.delete_version(s, t, v, None), TASKS, VERSIONS),
     st.builds(lambda t: lambda s: state.delete_task(s, t, None), TASKS),
-    st.builds(lambda t, v: lambda s: state.purged(s, t, v), TASKS, st.none() | VERSIONS),
+    st.builds(lambda t, v: lambda s: state.purged(s, t, v, "p"), TASKS, st.none() | VERSIONS),
+    st.builds(
+        lambda t, v: lambda s: state.claim_purge(s, t, v, "p", None), TASKS, st.none() | VERSIONS
+    ),
     st.builds(lambda t, v: lambda s: state.return_traffic(s, t, v), TASKS, VERSIONS),
 )
 

@@ -19,7 +19,7 @@ from adapters.errors import (
     TaskNotFound,
     VersionNotFound,
 )
-from deployments.errors import BadInput, NotReady
+from deployments.errors import BadInput, NotReady, ReplicasLost
 from deployments.ingress.calls import Answers, Encodings
 from deployments.ingress.folders import Folders
 from deployments.ingress.predict import Predictor
@@ -164,6 +164,17 @@ async def test_a_full_queue_is_no_reason_to_fall_back_nor_a_version_s_fault(
     with pytest.raises(NotReady, match="queue"):
         await ask(predictor)
     assert predictor.tally.take() == []
+
+
+async def test_what_loses_every_replica_that_it_is_sent_to_counts_against_its_version(
+    tasks: Tasks, predictor: Predictor, model: Model, make_record: Record
+) -> None:
+    model.cannot_predict = {B: ReplicasLost("the model replica was lost")}
+    install(tasks, make_record(A, B, traffic={B: 1.0}))
+    with pytest.raises(NotReady, match="lost"):
+        await ask(predictor, "one", "two")
+    (counted,) = predictor.tally.take()
+    assert (counted.version, counted.num_rows, counted.num_errors) == (B, 2, 2)
 
 
 async def test_a_version_that_goes_while_it_is_asked_is_no_failure(

@@ -223,6 +223,18 @@ async def test_what_has_no_room_cannot_be_warmed(
         await model.warm("spam", publish("spam"))
 
 
+async def test_versions_that_do_not_fit_together_cannot_be_warmed_together(
+    start_model: Start, store: Counting, publish: Publish
+) -> None:
+    model = await start_model(store, adapter_slots=2)
+    await model.residents.slots.keep(f"spam@{publish('spam')}")
+    versions = [publish("mood", seed) for seed in range(2)]
+    for version in versions:
+        await model.warm("mood", version)
+    with pytest.raises(BankFull, match="beside the 2 adapters"):
+        await model.warm("mood", *versions)
+
+
 async def test_residency_says_where_each_version_is_and_what_is_free(
     start_model: Start, store: Counting, publish: Publish
 ) -> None:

@@ -16,17 +16,27 @@ import json, sys
 import ray
 from ray import serve
 from ray.serve.context import _get_global_client
-from deployments.internals import bind_host
+from deployments.internals import bind_host, is_dead, running_replicas
 
 class Asked:
     def __call__(self):
         return bind_host()
+
+    async def others(self):
+        own = serve.get_replica_context().replica_id.unique_id
+        running = await running_replicas("asked", "Asked")
+        dead = [await is_dead(running[own]), await is_dead(running[own] + "0")]
+        return own, [*running], dead, await running_replicas("asked", "nobody")
 
 host, port, folder = sys.argv[1:]
 ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False,
          configure_logging=False, object_store_memory=100 * 2**20, _temp_dir=folder)
 serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": int(port)})
 handle = serve.run(serve.deployment(Asked).bind(), name="asked", route_prefix=None)
+own, running, dead, nobody = handle.others.remote().result()
+assert running == [own], (running, own)
+assert dead == [False, True], dead
+assert nobody is None, nobody
 print(json.dumps({
     "driver": bind_host(),
     "replica": handle.remote().result(),
@@ -42,7 +52,7 @@ def test_the_private_names_are_those_of_the_ray_that_is_installed() -> None:
     assert version("ray").split(".")[:2] == ["2", "60"]
 
 
-def test_the_host_is_what_serve_was_configured_with(
+def test_the_host_and_the_replicas_are_what_serve_knows(
     short_dir: Path, free_port: Callable[[], int]
 ) -> None:
     plain = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
