@@ -20,9 +20,11 @@ from adapters.errors import (
     VersionNotFound,
 )
 from adapters.store import Store, digest, open_store
+from tests.clouds import Cloud
 
 Contents = Callable[..., dict[str, bytes]]
 WEIGHTS = "adapter_model.safetensors"
+CLOUDS = ("s3", "gs")
 
 
 @dataclass
@@ -38,24 +40,22 @@ class Hands:
         return digest(files)
 
 
-@pytest.fixture(params=["directory", "memory", "s3"])
+@pytest.fixture(params=["directory", "memory", *CLOUDS])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture
 def url(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> str:
-    if kind == "s3":
-        request.getfixturevalue("s3")
+    if kind in CLOUDS:
+        request.getfixturevalue(kind)
+        return f"{kind}://bucket/s"
     if kind == "memory":
         memory = fsspec.filesystem("memory")  # one for the whole process
         memory.store.clear()
         memory.pseudo_dirs[:] = [""]
-    return {
-        "directory": str(tmp_path / "store"),
-        "memory": "memory://store",
-        "s3": "s3://bucket/s",
-    }[kind]
+        return "memory://store"
+    return str(tmp_path / "store")
 
 
 @pytest.fixture
@@ -83,13 +83,10 @@ def hands(kind: str, url: str, tmp_path: Path, request: pytest.FixtureRequest) -
             lambda: [path.removeprefix("/store/") for path in memory.find("/store")],
         )
     else:
-        s3 = request.getfixturevalue("s3")
+        cloud: Cloud = request.getfixturevalue(kind)
         return Hands(
-            lambda path, content: s3.put_object(Bucket="bucket", Key=f"s/{path}", Body=content),
-            lambda: [
-                one["Key"].removeprefix("s/")
-                for one in s3.list_objects_v2(Bucket="bucket").get("Contents", [])
-            ],
+            lambda path, content: cloud.put(f"s/{path}", content),
+            lambda: [key.removeprefix("s/") for key in cloud.names()],
         )
 
 
