@@ -85,8 +85,8 @@ class Store(Protocol):
     def folders(self) -> dict[str, int]:
         """Return the folder of every possible task -> a mark.
 
-        Another mark says that something was added to the folder or removed from it; what became of
-        the files in it, `look` tells.
+        Another mark says that in the folder a file may have changed, come or gone, or a version
+        folder. It costs little for each: thousands of folders are asked for every second.
         """
 
     def versions(self, task: str) -> list[str]:

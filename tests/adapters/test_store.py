@@ -415,7 +415,7 @@ def test_a_marker_that_was_torn_names_nothing(
         store.discard(staging)
 
 
-def test_a_folder_s_mark_tells_that_something_came_or_went(
+def test_a_folder_s_mark_tells_that_something_came_or_changed(
     store: Store, hands: Hands, contents: Contents
 ) -> None:
     assert store.folders() == {}
@@ -428,6 +428,11 @@ def test_a_folder_s_mark_tells_that_something_came_or_went(
     second = store.folders()
     assert second["mood"] != first["mood"]
     assert json.loads(json.dumps(second)) == second
+    assert store.folders() == second
+    hands.put(f"mood/{WEIGHTS}", contents(3)[WEIGHTS])
+    third = store.folders()
+    assert third["mood"] != second["mood"]
+    assert third["spam"] == second["spam"]
 
 
 def test_a_name_of_a_version_is_used_for_one_task_alone(store: Store, contents: Contents) -> None:
