@@ -19,7 +19,8 @@ from deployments.catalog.upkeep import Upkeep
 from deployments.catalog.usage import UsageSums
 from deployments.catalog.writer import Writer
 from deployments.config import Args
-from deployments.snapshot import TaskPatch, Usage
+from deployments.snapshot import TaskPatch
+from deployments.usage import USAGES
 from deployments.watch import POLL_S
 
 # How often is looked for what people put into the store by hand. Two looks that found the same take
@@ -111,7 +112,7 @@ class Catalog:
 
     async def report(self, watcher: str, counted: list[dict[str, Any]]) -> None:
         """Take what an ingress counted since it last told."""
-        self._usage.add(map(Usage.model_validate, counted))
+        self._usage.add(USAGES.validate_python(counted))
 
     async def usage(self, tasks: list[str]) -> dict[str, Any]:
         """Return what was counted of some tasks, by version."""

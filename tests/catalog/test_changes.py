@@ -627,7 +627,7 @@ async def test_a_publication_that_died_is_neither_seen_nor_left(
 
 
 async def test_a_version_that_fails_too_often_loses_its_share(world: World) -> None:
-    from deployments.snapshot import Usage
+    from deployments.usage import Usage
 
     await world.publish(1)
     second = (await world.publish(2))["version"]
