@@ -27,7 +27,7 @@ from adapters.errors import (
     TaskNotFound,
     VersionNotFound,
 )
-from adapters.folder import look, read, version_names, youngest_s
+from adapters.folder import Marked, look, mark, read, version_names, youngest_s
 from adapters.localfile import is_inside, link_or_copy, place_problem, read_bounded, sync, write_new
 from adapters.staging import (
     FILES,
@@ -44,8 +44,6 @@ from adapters.staging import (
 )
 from adapters.store import CONFIG, PICKLE, READ, Files, Look
 
-_YOUNG_NS = 60 * 10**9
-
 
 class Directory:
     """A directory of PEFT folders, one a task, and of versions below them.
@@ -57,6 +55,7 @@ class Directory:
         """Take the directory; it may be empty, and need not exist yet."""
         self.root = Path(root)
         self.url = str(root)
+        self._marked: dict[str, Marked] = {}
 
     def tasks(self) -> list[str]:
         """Return the names of all tasks that have a plain folder or a version, sorted."""
@@ -70,15 +69,15 @@ class Directory:
 
     def folders(self) -> dict[str, int]:
         """Return the folder of every possible task -> a mark."""
-        marks: dict[str, int] = {}
+        last, self._marked = self._marked, {}
         with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root) as entries:
-            young_ns = time.time_ns() - _YOUNG_NS
             for entry in entries:
                 if TASK_NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
                     with suppress(OSError):  # it has just gone
-                        # A folder below it may have come, and its files still be on their way.
-                        marks[entry.name] = min(entry.stat().st_mtime_ns, young_ns)
-        return marks
+                        mtime_ns = entry.stat().st_mtime_ns
+                        seen = mark(entry.path, mtime_ns, last.get(entry.name))
+                        self._marked[entry.name] = seen
+        return {task: seen.mark for task, seen in self._marked.items()}
 
     def versions(self, task: str) -> list[str]:
         """Return the names of a task's version folders, the oldest change first."""

@@ -56,11 +56,7 @@ class Documents(Protocol):
 
 
 def open_documents(url: str) -> Documents:
-    """Return the documents below a directory, or a URL that fsspec knows: s3://, gs://, memory://.
-
-    Raises:
-        ImportError: It needs a package that is not installed; the message names it.
-    """
+    """Return the documents below a directory, or a URL: s3://, gs://, memory://."""
     scheme, mark, path = url.partition("://")
     if not mark or scheme == "file":
         return FolderDocuments(path if mark else url)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
+from adapters.filesystem import Limits, ask, http_status, open_filesystem
+
+# Documents are small: a store that is silent for long is away.
+_LIMITS = Limits(connect_s=3, read_s=5, max_parts=1)
 _WAITS_S = (0.05, 0.2, 0.5, 1.0)
 _MEMORY = threading.Lock()
 
@@ -16,20 +19,14 @@ _MEMORY = threading.Lock()
 class ObjectDocuments:
     """Documents in an object store that fsspec reaches.
 
-    A document is one conditional PUT (`If-None-Match: *` on S3, a generation of 0 on GCS). A store
-    that does not know the condition would overwrite without a word; it is found out, and refused.
+    A document is one conditional request: `If-None-Match: *` on S3, `ifGenerationMatch=0` on GCS.
+    A store that does not know the condition would overwrite without a word; it is found out, and
+    refused.
     """
 
     def __init__(self, url: str) -> None:
         """Take the URL of the store; nothing is asked of it yet."""
-        import fsspec  # Not needed for a directory.
-
-        # Documents are small: one request each, and a store that is silent for long is away. s3fs
-        # tries five times where there is no answer, and what answers with a fault is asked below.
-        patience = {"connect_timeout": 3, "read_timeout": 5, "retries": {"max_attempts": 0}}
-        s3 = {"max_concurrency": 1, "config_kwargs": patience}
-        options = s3 if url.startswith("s3://") else {}
-        self._files, self._root = fsspec.url_to_fs(url, use_listings_cache=False, **options)
+        self._files, self._root = open_filesystem(url, _LIMITS)
         self._url = url
         # fsspec's memory looks whether a file is there, then makes it; threads come in between.
         self._turn = _MEMORY if url.startswith("memory://") else contextlib.nullcontext()
@@ -74,42 +71,30 @@ class ObjectDocuments:
         except FileExistsError:
             return False
         except OSError as error:
-            if _http_status(error) != 412:
+            if http_status(error) != 412:
                 raise
             return False
         return True
 
     def _ask(self, call: Callable[[], Any]) -> Any:
-        """Ask, and ask again while the store is at fault, or busy with another writer (409).
+        """Ask, and ask again while the store is at fault.
 
         Raises:
-            OSError: And nothing else; what S3's client raises has other parents.
+            OSError: And nothing else; what the clients of stores raise has other parents.
         """
-        for wait_s in (*_WAITS_S, None):
-            try:
-                return call()
-            except OSError as error:
-                status = _http_status(error) or 0
-                if wait_s is None or (status != 409 and status < 500):
-                    raise
-                time.sleep(wait_s)
-            except Exception as error:
-                text = f"{self._url} could not be asked: {error}"
-                raise OSError(errno.EIO, text) from error
-        raise AssertionError("the last attempt returns or raises")
+        try:
+            return ask(call, _WAITS_S)
+        except OSError:
+            raise
+        except Exception as error:
+            text = f"{self._url} could not be asked: {error}"
+            raise OSError(errno.EIO, text) from error
 
     def _try_out(self, path: str) -> None:
         if self._put(path, b"{}") and self._put(path, b"{}"):
             raise OSError(
                 errno.EOPNOTSUPP,
-                f"{self._url} overwrites objects in spite of If-None-Match, so that a catalog in "
+                f"{self._url} overwrites objects that it is told to leave, so that a catalog in "
                 "it could lose changes; use a store that knows conditional writes",
             )
         self._is_fit = True
-
-
-def _http_status(error: OSError) -> int | None:
-    """Return the HTTP status that S3 gave as the cause of an error, None if there is none."""
-    response: dict[str, Any] = getattr(error.__cause__, "response", {})
-    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    return status if isinstance(status, int) else None

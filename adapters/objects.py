@@ -1,14 +1,11 @@
 """The objects of an object store, asked for again when the network stumbles. No torch.
 
-All calls block: fsspec's async file systems work in a thread of their own, which is waited for.
-What does not answer is told after a minute or so.
+All calls block. What does not answer is told after a minute or so.
 """
 
 from __future__ import annotations
 
 import hashlib
-import random
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,18 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from adapters.errors import StoreUnreachable
+from adapters.filesystem import Limits, ask, open_filesystem
 
 T = TypeVar("T")
+_LIMITS = Limits(connect_s=5, read_s=15, max_parts=2)
 _WAITS_S = (0.2, 0.6, 1.8)
-# s3fs and botocore would each try five times in every try of ours.
-_S3 = {
-    "max_concurrency": 2,  # parts of 50 MiB in RAM at a time
-    "config_kwargs": {
-        "connect_timeout": 5,
-        "read_timeout": 15,
-        "retries": {"total_max_attempts": 1},
-    },
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +40,7 @@ class Objects:
 
     def __init__(self, url: str) -> None:
         """Take the URL; nothing is asked of it yet."""
-        import fsspec  # not needed for a directory
-
-        is_s3 = url.startswith("s3://")
-        # An instance of our own: others in this process may have other options.
-        self._files, root = fsspec.url_to_fs(
-            url, use_listings_cache=False, skip_instance_cache=True, **(_S3 if is_s3 else {})
-        )
-        if is_s3:
-            self._files.retries = 1
+        self._files, root = open_filesystem(url, _LIMITS)
         self._root = root.rstrip("/")
         self._url = url
 
@@ -111,20 +93,12 @@ class Objects:
             self._ask(lambda: self._files.rm_file(f"{self._root}/{name}"))
 
     def _ask(self, call: Callable[[], T]) -> T:
-        for wait_s in (*_WAITS_S, None):
-            try:
-                return call()
-            except FileNotFoundError:
-                raise
-            except PermissionError as error:
-                raise StoreUnreachable(self._url, str(error)) from None
-            except Exception as error:
-                # Whatever package it is of: a 500, a timeout, a body that ended early.
-                if wait_s is None:
-                    raise StoreUnreachable(self._url, str(error) or repr(error)) from error
-                # Replicas that start together must not come back together.
-                time.sleep(wait_s * random.uniform(0.5, 1.5))
-        raise AssertionError("the last try returns or raises")
+        try:
+            return ask(call, _WAITS_S)
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise StoreUnreachable(self._url, str(error) or repr(error)) from error
 
 
 def _to_object(info: dict[str, Any]) -> Object:

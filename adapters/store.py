@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -86,8 +85,8 @@ class Store(Protocol):
     def folders(self) -> dict[str, int]:
         """Return the folder of every possible task -> a mark.
 
-        Another mark says that something was added to the folder or removed from it; what became of
-        the files in it, `look` tells.
+        Another mark says that in the folder a file may have changed, come or gone, or a version
+        folder. It costs little for each: thousands of folders are asked for every second.
         """
 
     def versions(self, task: str) -> list[str]:
@@ -230,16 +229,10 @@ def check_url(url: str) -> None:
         return
     if scheme == "hf":
         raise ValueError("is a source of versions, not a store; use a folder, s3:// or gs://")
-    if scheme not in _PACKAGES:
+    if scheme not in ("s3", "gs", "memory"):
         raise ValueError("is no store; use a folder, file:///, s3://, gs:// or memory://")
     if not rest.strip("/"):
         raise ValueError(f"names nothing; write {scheme}://bucket/folder")
-    package = _PACKAGES[scheme]
-    if find_spec(package) is None:
-        raise ValueError(f"needs the package {package}; install it")
-
-
-_PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "memory": "fsspec"}
 
 
 def open_store(

@@ -107,18 +107,3 @@ class TaskPatch(_Plain):
     rules: dict[str, Any] = Field(
         {}, description="Keys of task.json; null takes one back to the version's own."
     )
-
-
-class Usage(_Plain):
-    """What one ingress counted of one version since it last told."""
-
-    task: Name
-    version: Version
-    num_rows: int = 0
-    num_errors: int = Field(0, description="Rows that it could not answer, for no caller's fault.")
-    last_used_s: float = 0.0
-    num_shadowed: int = Field(0, description="Rows that it ran as a shadow.")
-    num_agreed: int = Field(0, description="Of those, with the prediction that was answered.")
-    score_shift: float = Field(
-        0.0, description="Sum over those of the largest difference of a score."
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -49,7 +50,9 @@ class Adoption:
         self._ledger, self._store, self._effects = ledger, store, effects
         self._looks: dict[str, Look] = {}  # of plain folders, as last taken in or refused
         self._unsettled: dict[str, Look] = {}
+        # Marks of folders whose versions were taken in, and of plain folders of managed tasks.
         self._folders: dict[str, int] = {}
+        self._followed: dict[str, int] = {}
         self._said: set[str] = set()
 
     async def find(self, task: str, by: str) -> Found:
@@ -82,9 +85,15 @@ class Adoption:
         finally:
             await asyncio.to_thread(self._store.discard, staging)
 
-    async def scan(self) -> None:
-        """Take in what was put into the store, or changed there, since the last scan."""
+    async def scan(self) -> float:
+        """Take in what was put into the store, or changed there, since the last scan.
+
+        Returns:
+            How long it took to look at all folders, in seconds, apart from what was then taken in.
+        """
+        started_s = time.monotonic()
         folders = await asyncio.to_thread(self._store.folders)
+        looked_s = time.monotonic() - started_s
         new = [task for task, mark in folders.items() if self._folders.get(task) != mark]
         unfinished = await asyncio.to_thread(self._store.unfinished) if new else []
         ours = {(task, version) for _, task, version in unfinished}
@@ -94,23 +103,34 @@ class Adoption:
                     self._folders[task] = folders[task]
             except Exception as error:  # of this task alone, and perhaps not at the next scan
                 self._say_once(f"adapter={task} is not taken in: {error}")
-        for task, record in self._ledger.snapshot.tasks.items():
-            if not record.deleted and task in folders:
+        managed = self._ledger.snapshot.tasks.items()
+        live = {task: record for task, record in managed if not record.deleted and task in folders}
+        self._followed = {task: mark for task, mark in self._followed.items() if task in live}
+        for task, record in live.items():
+            if self._followed.get(task) != folders[task]:
                 try:
-                    await self._follow_folder(task, record)
-                except TaskNotFound:  # it has versions only
-                    self._looks.pop(task, None)
+                    if await self._follow_folder(task, record):
+                        self._followed[task] = folders[task]
                 except Exception as error:
                     self._say_once(f"adapter={task} its changed folder is not taken in: {error}")
+        return looked_s
 
-    async def _follow_folder(self, task: str, record: TaskRecord) -> None:
-        """Take in a managed task's plain folder if it holds something else than before."""
-        look = await asyncio.to_thread(self._store.look, task)
+    async def _follow_folder(self, task: str, record: TaskRecord) -> bool:
+        """Take in a managed task's plain folder if it holds something else than before.
+
+        Returns:
+            Whether there is no more to do until its mark is another one.
+        """
+        try:
+            look = await asyncio.to_thread(self._store.look, task)
+        except TaskNotFound:  # it has versions only
+            self._looks.pop(task, None)
+            return True
         if look == self._looks.get(task):
-            return
+            return True
         if look != self._unsettled.get(task):
             self._unsettled[task] = look  # it may still be changing: at the next scan
-            return
+            return False
         found = (await asyncio.to_thread(self._store.read, task)).version
         if found not in (record.folder, *record.doomed):
             try:
@@ -118,6 +138,7 @@ class Adoption:
             except (AdapterRefused, BadInput) as error:  # and not again until it changes
                 logger.warning("adapter=%s its changed folder is refused: %s", task, error)
         self._looks[task] = self._unsettled.pop(task)
+        return True
 
     async def _take_in(self, task: str, record: TaskRecord, version: str) -> None:
         """Make a version of a managed task's changed folder, unless the task changes meanwhile."""

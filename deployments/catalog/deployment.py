@@ -19,10 +19,13 @@ from deployments.catalog.upkeep import Upkeep
 from deployments.catalog.usage import UsageSums
 from deployments.catalog.writer import Writer
 from deployments.config import Args
-from deployments.snapshot import TaskPatch, Usage
+from deployments.snapshot import TaskPatch
+from deployments.usage import USAGES
 from deployments.watch import POLL_S
 
-# A bucket is listed whole to find what was put into it by hand.
+# How often is looked for what people put into the store by hand. Two looks that found the same take
+# it in: on a disk within two seconds. A bucket is listed whole for that.
+_LOOK_EVERY_S = 0.75
 _LIST_EVERY_S = 10.0
 
 
@@ -49,7 +52,7 @@ class Catalog:
             store,
             self._others,
             adoption,
-            scan_every_s=1.0 if on_disk else _LIST_EVERY_S,
+            scan_every_s=_LOOK_EVERY_S if on_disk else _LIST_EVERY_S,
         )
         self._upkeep.start()
 
@@ -119,7 +122,7 @@ class Catalog:
 
     async def report(self, counted: list[dict[str, Any]]) -> None:
         """Take what an ingress counted since it last told."""
-        self._usage.add(map(Usage.model_validate, counted))
+        self._usage.add(USAGES.validate_python(counted))
 
     async def usage(self, tasks: list[str]) -> dict[str, Any]:
         """Return what was counted of some tasks, by version."""

@@ -1,4 +1,4 @@
-"""What the catalog does by itself, once a second. No ray."""
+"""What the catalog does by itself, about once a second. No ray."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from deployments.snapshot import Snapshot, TaskRecord
 logger = logging.getLogger("ray.serve")
 
 _EVERY_S = 1.0
-_SCAN_SHARE = 0.1
+_SCAN_SHARE = 0.2
 # Requests that were on their way to a version when it was deleted still find its files.
 _GRACE_S = 5.0
 # A purger removes nothing any more so long after it was named; after twice that another is.
@@ -44,7 +44,7 @@ class Upkeep:
         effects: Effects,
         adoption: Adoption,
         *,
-        scan_every_s: float = 1.0,
+        scan_every_s: float,
     ) -> None:
         """Take what it looks after, and how often folders are looked for."""
         self._ledger, self._usage = ledger, usage
@@ -59,8 +59,9 @@ class Upkeep:
     def start(self) -> None:
         """Begin; needs a running event loop."""
         # Apart, since a folder may take minutes to be taken in, and a canary may not.
-        for work in (self._watch, self._scan, self._purge):
-            self._loops.append(asyncio.ensure_future(_again_and_again(work)))
+        works = ((self._watch, _EVERY_S), (self._scan, self._scan_every_s), (self._purge, _EVERY_S))
+        for work, every_s in works:
+            self._loops.append(asyncio.ensure_future(_again_and_again(work, every_s)))
 
     def stop(self) -> None:
         """End."""
@@ -86,10 +87,8 @@ class Upkeep:
 
     async def _scan(self) -> None:
         """Look for folders, which may take a share of the time only."""
-        started_s = time.monotonic()
-        await self._adoption.scan()
-        taken_s = time.monotonic() - started_s
-        await asyncio.sleep(max(self._scan_every_s - _EVERY_S, taken_s / _SCAN_SHARE))
+        looked_s = await self._adoption.scan()
+        await asyncio.sleep(max(0.0, looked_s / _SCAN_SHARE - self._scan_every_s))
 
     async def _purge(self) -> None:
         """Remove the files of what was deleted a while ago, then forget it."""
@@ -169,14 +168,14 @@ class Upkeep:
             logger.warning("staging=%s was left unfinished, and is removed", staging)
 
 
-async def _again_and_again(work: Callable[[], Awaitable[None]]) -> None:
+async def _again_and_again(work: Callable[[], Awaitable[None]], every_s: float) -> None:
     while True:
         await _safely(work())
-        await asyncio.sleep(_EVERY_S)
+        await asyncio.sleep(every_s)
 
 
 async def _safely(work: Awaitable[None]) -> None:
-    """Do a piece of work; what goes wrong is tried again a second later."""
+    """Do a piece of work; what goes wrong is tried again a little later."""
     try:
         await work
     except Exception as error:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from deployments.snapshot import Snapshot, Usage
+from deployments.snapshot import Snapshot
+from deployments.usage import Usage
 
 # Fewer say nothing of a rate: one unlucky row would end a canary.
 _LEAST_ROWS = 20
@@ -17,13 +18,7 @@ _LATE_S = 2.0
 
 
 @dataclass(slots=True)
-class _Sum:
-    num_rows: int = 0
-    num_errors: int = 0
-    last_used_s: float = 0.0
-    num_shadowed: int = 0
-    num_agreed: int = 0
-    score_shift: float = 0.0
+class _Sum(Usage):
     # Since the version got its share, or lost it.
     trial_rows: int = 0
     trial_errors: int = 0
@@ -36,23 +31,16 @@ class UsageSums:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Begin with nothing; the clock tells seconds."""
         self._clock = clock
-        self._sums: defaultdict[str, defaultdict[str, _Sum]] = defaultdict(
-            lambda: defaultdict(_Sum)
-        )
+        self._sums: defaultdict[str, dict[str, _Sum]] = defaultdict(dict)
 
     def add(self, counted: Iterable[Usage]) -> None:
         """Add what an ingress counted since it last told."""
         for usage in counted:
-            total = self._sums[usage.task][usage.version]
-            total.num_rows += usage.num_rows
-            total.num_errors += usage.num_errors
+            total = self._of(usage.task, usage.version)
+            total.add(usage)
             if self._clock() >= total.trial_from_s:
                 total.trial_rows += usage.num_rows
                 total.trial_errors += usage.num_errors
-            total.last_used_s = max(total.last_used_s, usage.last_used_s)
-            total.num_shadowed += usage.num_shadowed
-            total.num_agreed += usage.num_agreed
-            total.score_shift += usage.score_shift
 
     def changed(self, old: Snapshot, new: Snapshot) -> None:
         """Begin new trials where shares changed, and forget versions that are gone."""
@@ -68,7 +56,7 @@ class UsageSums:
                 del sums[version]
             for version, share in now.traffic.items():
                 if before is None or before.traffic.get(version) != share:
-                    total = sums[version]
+                    total = self._of(task, version)
                     total.trial_rows = total.trial_errors = 0
                     total.trial_from_s = self._clock() + _LATE_S
 
@@ -78,7 +66,7 @@ class UsageSums:
             if record.max_error_rate is None or record.deleted:
                 continue
             for version in record.traffic:
-                total = self._sums[task][version]
+                total = self._of(task, version)
                 if total.trial_rows < _LEAST_ROWS:
                     continue
                 rate = total.trial_errors / total.trial_rows
@@ -94,8 +82,11 @@ class UsageSums:
         """Return what was counted of each version of a task, plain data."""
         return {version: _told(total) for version, total in self._sums.get(task, {}).items()}
 
+    def _of(self, task: str, version: str) -> _Sum:
+        return self._sums[task].setdefault(version, _Sum(task, version))
 
-def _told(total: _Sum) -> dict[str, Any]:
+
+def _told(total: Usage) -> dict[str, Any]:
     told: dict[str, Any] = {
         "num_rows": total.num_rows,
         "num_errors": total.num_errors,

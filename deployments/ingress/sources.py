@@ -12,9 +12,8 @@ from functools import partial
 from stat import S_ISREG
 from typing import Any
 
-import fsspec
-
 from adapters.errors import AdapterError
+from adapters.filesystem import open_filesystem
 from adapters.store import CONFIG, READ, Store
 from deployments.errors import BadInput, Forbidden, NotReady, RequestError
 from deployments.ingress.hub import Hub
@@ -130,7 +129,7 @@ def _is_below(path: str, roots: Sequence[str]) -> bool:
 
 def _find_objects(source: Source) -> list[RemoteFile]:
     """Ask an object store for the files that an adapter may have, whatever else lies there."""
-    system = fsspec.filesystem(source.scheme, use_listings_cache=False)
+    system, _ = open_filesystem(f"{source.scheme}://{source.path}")
     with ThreadPoolExecutor(len(READ)) as threads:
         asked = threads.map(partial(_size, system), [f"{source.path}/{name}" for name in READ])
         sizes = dict(zip(READ, asked, strict=True))
@@ -187,6 +186,4 @@ def _told(source: Source, error: Exception) -> Exception:
     if isinstance(error, PermissionError):
         return Forbidden(f"{source} may not be read by the server; see its credentials there")
     logger.warning("%s could not be read", source, exc_info=error)
-    if isinstance(error, ImportError):
-        return NotReady(f"{source.scheme}:// needs a package that the server lacks; see its log")
     return NotReady(f"{source} could not be read; the server's log says why")

@@ -6,37 +6,24 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from deployments.errors import NotReady
+from deployments.usage import Usage
 
 logger = logging.getLogger("ray.serve")
 
 Tell = Callable[[list[dict[str, Any]]], Awaitable[None]]
-"""Tells the catalog what was counted; each entry is a `deployments.snapshot.Usage`, plain."""
-
-
-@dataclass(slots=True)
-class Counts:
-    """As `deployments.snapshot.Usage` has them; the catalog is who validates them."""
-
-    task: str
-    version: str
-    num_rows: int = 0
-    num_errors: int = 0
-    last_used_s: float = 0.0
-    num_shadowed: int = 0
-    num_agreed: int = 0
-    score_shift: float = 0.0
+"""Tells the catalog what was counted; each entry is a `deployments.usage.Usage`, plain."""
 
 
 class Tally:
-    """Counts rows by version; a row is an input of a request, whatever windows it has."""
+    """Usage rows by version; a row is an input of a request, whatever windows it has."""
 
     def __init__(self) -> None:
         """Begin at nothing."""
-        self._counts: dict[tuple[str, str], Counts] = {}
+        self._counts: dict[tuple[str, str], Usage] = {}
 
     def answered(self, task: str, version: str, num_rows: int, num_errors: int = 0) -> None:
         """Count rows that a version was asked for, those among them that failed in the model too.
@@ -59,27 +46,21 @@ class Tally:
         counts.num_agreed += num_agreed
         counts.score_shift += score_shift
 
-    def take(self) -> list[Counts]:
+    def take(self) -> list[Usage]:
         """Return what was counted since the last take."""
         taken = list(self._counts.values())
         self._counts = {}
         return taken
 
-    def put_back(self, taken: Iterable[Counts]) -> None:
+    def put_back(self, taken: Iterable[Usage]) -> None:
         """Count again what could not be told, so that the next take has it."""
         for one in taken:
-            counts = self._of(one.task, one.version)
-            counts.num_rows += one.num_rows
-            counts.num_errors += one.num_errors
-            counts.last_used_s = max(counts.last_used_s, one.last_used_s)
-            counts.num_shadowed += one.num_shadowed
-            counts.num_agreed += one.num_agreed
-            counts.score_shift += one.score_shift
+            self._of(one.task, one.version).add(one)
 
-    def _of(self, task: str, version: str) -> Counts:
+    def _of(self, task: str, version: str) -> Usage:
         counts = self._counts.get((task, version))
         if counts is None:
-            counts = self._counts[task, version] = Counts(task, version)
+            counts = self._counts[task, version] = Usage(task, version)
         return counts
 
 

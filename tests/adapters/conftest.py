@@ -1,6 +1,5 @@
 import asyncio
 import json
-import logging
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
@@ -168,33 +167,3 @@ def contents(config: dict[str, Any]) -> Callable[..., dict[str, bytes]]:
         return named | {name.replace("__", "."): content for name, content in files.items()}
 
     return contents
-
-
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[tuple[str, Any]]:
-    """A real S3 API on this machine: its URL, and a client of its."""
-    import botocore.session
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    url, keys = f"http://{host}:{port}", {"aws_access_key_id": "x", "aws_secret_access_key": "x"}
-    session = botocore.session.get_session()
-    yield url, session.create_client("s3", "us-east-1", endpoint_url=url, **keys)
-    server.stop()
-
-
-@pytest.fixture
-def s3(s3_server: tuple[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A client, and an empty bucket `bucket`; s3:// leads there."""
-    url, client = s3_server
-    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    client.create_bucket(Bucket="bucket")
-    for one in client.list_objects_v2(Bucket="bucket").get("Contents", []):
-        client.delete_object(Bucket="bucket", Key=one["Key"])
-    return client

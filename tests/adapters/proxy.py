@@ -1,4 +1,4 @@
-"""A proxy before an S3 server that breaks, delays and notes what goes through it."""
+"""A proxy before an object store that breaks, delays and notes what goes through it."""
 
 import http.client
 import time
@@ -7,21 +7,25 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from urllib.parse import urlsplit
 
+from tests.clouds import Cloud
+
 Headers = dict[str, str]
 Fault = Callable[["Handler", int, Headers, bytes], None]
 
 
 class Proxy:
-    """Notes `requests`, "GET /bucket/key?query"; `fault` says of one what breaks its answer.
+    """Notes `requests`, "GET key" or "LIST prefix"; `fault` says of one what breaks its answer.
 
-    The largest body that it passed on for a request is in `largest_bytes`.
+    With `is_unconditional` it passes requests on without their conditions. The largest body that it
+    passed on for a request is in `largest_bytes`.
     """
 
-    def __init__(self, server: str) -> None:
+    def __init__(self, cloud: Cloud) -> None:
         self.requests: list[str] = []
         self.largest_bytes = 0
+        self.is_unconditional = False
         self.fault: Callable[[str], Fault | None] = lambda line: None
-        given = {"proxy": self, "server_at": urlsplit(server).netloc}
+        given = {"proxy": self, "cloud": cloud}
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Given", (Handler,), given))
         self.url = f"http://127.0.0.1:{self._http.server_port}"
         Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
@@ -34,21 +38,25 @@ class Proxy:
 class Handler(BaseHTTPRequestHandler):
     protocol_version, timeout = "HTTP/1.1", 10
     proxy: Proxy
-    server_at: str
+    cloud: Cloud
 
     def pass_on(self) -> None:
-        line = f"{self.command} {self.path}"
-        self.proxy.requests.append(line)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        server = http.client.HTTPConnection(self.server_at)
-        server.request(self.command, self.path, body, dict(self.headers))
+        line = self.cloud.told(self.command, self.path, self.headers, body)
+        self.proxy.requests.append(line)
+        server = http.client.HTTPConnection(urlsplit(self.cloud.url).netloc)
+        path, headers = self.path, dict(self.headers)
+        if self.proxy.is_unconditional:
+            path = path.replace("ifGenerationMatch=0", "")
+            headers.pop("If-None-Match", None)
+        server.request(self.command, path, body, headers)
         with server.getresponse() as answer:
-            content, headers = answer.read(), {k.lower(): v for k, v in answer.getheaders()}
+            content, told = answer.read(), {k.lower(): v for k, v in answer.getheaders()}
         server.close()
         self.proxy.largest_bytes = max(self.proxy.largest_bytes, len(content))
         if self.command != "HEAD":
-            headers["content-length"] = str(len(content))
-        kept = {k: v for k, v in headers.items() if k not in ("transfer-encoding", "connection")}
+            told["content-length"] = str(len(content))
+        kept = {k: v for k, v in told.items() if k not in ("transfer-encoding", "connection")}
         (self.proxy.fault(line) or whole)(self, answer.status, kept, content)
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = pass_on
@@ -87,4 +95,8 @@ def slow(to: Handler, status: int, headers: Headers, content: bytes) -> None:
 
 def silent(to: Handler, *_: object) -> None:
     time.sleep(1.5)
+    to.close_connection = True
+
+
+def gone(to: Handler, *_: object) -> None:
     to.close_connection = True

@@ -363,3 +363,32 @@ def test_weights_that_declare_an_absurd_size_are_refused(write: Write, store: Di
     write(adapter_model__safetensors=len(header).to_bytes(8, "little") + header)
     with pytest.raises(AdapterRefused, match="declares 1152921504606847056 bytes, over the limit"):
         store.read("mood")
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_mark_tells_of_every_way_to_change_a_folder(
+    write: Write, store: Directory, is_old: bool
+) -> None:
+    folder = write()
+
+    def copied_with_its_times(name: str) -> None:
+        before = (folder / name).stat()
+        (folder / name).write_bytes((folder / name).read_bytes()[::-1])
+        os.utime(folder / name, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    changes: list[Callable[[], Any]] = [
+        lambda: (folder / WEIGHTS).write_bytes(b"in its place"),
+        lambda: copied_with_its_times("adapter_config.json"),
+        lambda: (folder / "task.json").write_text("{}"),
+        lambda: (folder / "task.json").unlink(),
+        lambda: (folder / "0123abcd").mkdir(),
+        lambda: (folder / "0123abcd" / "adapter_config.json").write_text("{}"),
+        lambda: (folder / WEIGHTS).unlink(),
+    ]
+    for change in changes:
+        if is_old:  # so that its names are known from one look to the next
+            os.utime(folder, (0, time.time() - 3600))
+        seen = [store.folders() for _ in range(3)]
+        assert seen[0] == seen[1] == seen[2]
+        change()
+        assert store.folders()["mood"] != seen[0]["mood"]

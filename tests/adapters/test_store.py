@@ -20,9 +20,11 @@ from adapters.errors import (
     VersionNotFound,
 )
 from adapters.store import Store, digest, open_store
+from tests.clouds import Cloud
 
 Contents = Callable[..., dict[str, bytes]]
 WEIGHTS = "adapter_model.safetensors"
+CLOUDS = ("s3", "gs")
 
 
 @dataclass
@@ -38,24 +40,22 @@ class Hands:
         return digest(files)
 
 
-@pytest.fixture(params=["directory", "memory", "s3"])
+@pytest.fixture(params=["directory", "memory", *CLOUDS])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture
 def url(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> str:
-    if kind == "s3":
-        request.getfixturevalue("s3")
+    if kind in CLOUDS:
+        request.getfixturevalue(kind)
+        return f"{kind}://bucket/s"
     if kind == "memory":
         memory = fsspec.filesystem("memory")  # one for the whole process
         memory.store.clear()
         memory.pseudo_dirs[:] = [""]
-    return {
-        "directory": str(tmp_path / "store"),
-        "memory": "memory://store",
-        "s3": "s3://bucket/s",
-    }[kind]
+        return "memory://store"
+    return str(tmp_path / "store")
 
 
 @pytest.fixture
@@ -83,13 +83,10 @@ def hands(kind: str, url: str, tmp_path: Path, request: pytest.FixtureRequest) -
             lambda: [path.removeprefix("/store/") for path in memory.find("/store")],
         )
     else:
-        s3 = request.getfixturevalue("s3")
+        cloud: Cloud = request.getfixturevalue(kind)
         return Hands(
-            lambda path, content: s3.put_object(Bucket="bucket", Key=f"s/{path}", Body=content),
-            lambda: [
-                one["Key"].removeprefix("s/")
-                for one in s3.list_objects_v2(Bucket="bucket").get("Contents", [])
-            ],
+            lambda path, content: cloud.put(f"s/{path}", content),
+            lambda: [key.removeprefix("s/") for key in cloud.names()],
         )
 
 
@@ -418,7 +415,7 @@ def test_a_marker_that_was_torn_names_nothing(
         store.discard(staging)
 
 
-def test_a_folder_s_mark_tells_that_something_came_or_went(
+def test_a_folder_s_mark_tells_that_something_came_or_changed(
     store: Store, hands: Hands, contents: Contents
 ) -> None:
     assert store.folders() == {}
@@ -431,6 +428,11 @@ def test_a_folder_s_mark_tells_that_something_came_or_went(
     second = store.folders()
     assert second["mood"] != first["mood"]
     assert json.loads(json.dumps(second)) == second
+    assert store.folders() == second
+    hands.put(f"mood/{WEIGHTS}", contents(3)[WEIGHTS])
+    third = store.folders()
+    assert third["mood"] != second["mood"]
+    assert third["spam"] == second["spam"]
 
 
 def test_a_name_of_a_version_is_used_for_one_task_alone(store: Store, contents: Contents) -> None:

@@ -78,11 +78,16 @@ def bucket(server: S3) -> str:
     return server.bucket()
 
 
-@pytest.mark.parametrize("place", ["directory", "s3"])
+@pytest.mark.parametrize("place", ["directory", "s3", "gs"])
 def test_two_clusters_on_one_store_lose_nothing(
     place: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    url = request.getfixturevalue("bucket") if place == "s3" else str(tmp_path)
+    url = str(tmp_path)
+    if place == "s3":
+        url = request.getfixturevalue("bucket")
+    if place == "gs":
+        request.getfixturevalue("gs")
+        url = "gs://bucket/store"
     writers = [Writer(open_documents(url)) for _ in range(2)]
     begin(writers[0])
     taken: dict[str, list[int]] = {}

@@ -1,7 +1,8 @@
 from typing import Any
 
 from deployments.catalog.usage import UsageSums
-from deployments.snapshot import Snapshot, TaskRecord, Usage, VersionRecord
+from deployments.snapshot import Snapshot, TaskRecord, VersionRecord
+from deployments.usage import Usage
 
 OLD, NEW = "0" * 8, "1" * 8
 

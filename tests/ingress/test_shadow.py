@@ -16,11 +16,11 @@ from deployments.ingress.calls import Answers, Encodings
 from deployments.ingress.folders import Folders
 from deployments.ingress.predict import Predictor
 from deployments.ingress.tasks import Tasks
-from deployments.ingress.usage import Counts
 from deployments.ingress.wire import PredictRequest
 from deployments.rows import Facts, ProblemType
 from deployments.snapshot import Snapshot, TaskRecord
 from deployments.tokens import Tokenizer
+from deployments.usage import Usage
 
 A, B, C = "aaaaaaaa", "bbbbbbbb", "cccccccc"
 NUM_WORDS = 1000  # of the tokenizer of these tests
@@ -102,7 +102,7 @@ async def ask(predictor: Predictor, *texts: Any, **others: Any) -> dict[str, Any
     return await predictor.predict("mood", request)
 
 
-async def usage_of_shadow(predictor: Predictor, model: Model) -> Counts | None:
+async def usage_of_shadow(predictor: Predictor, model: Model) -> Usage | None:
     """Wait until every shadow has ended, and return what was counted of it."""
     until_s = time.monotonic() + 5
     while predictor._shadows._running and time.monotonic() < until_s:

@@ -16,6 +16,7 @@ from adapters.errors import StagingTooLarge
 from deployments.errors import BadInput, Forbidden, NotReady, RequestError, TooLarge
 from deployments.ingress.hub import is_public
 from deployments.ingress.sources import Sources
+from tests.clouds import Cloud
 from tests.ingress.hub import Hub, listen
 
 Stage = Callable[..., tuple[dict[str, bytes], str]]
@@ -437,8 +438,12 @@ def test_a_folder_of_a_bucket_is_not_listed(
     assert stage("s3://models/large/mood", "s3://models")[0] == content
 
 
-def test_a_store_whose_package_is_missing_is_said(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
+def test_a_folder_of_google_cloud_storage_is_a_source(
+    gs: Cloud, stage: Stage, content: dict[str, bytes]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "gcsfs", None)
-    assert "package" in refused(NotReady, stage, "gs://models/prod", "gs://models")
+    content["tokenizer.json"] = os.urandom(3 * 2**20 + 5)
+    for name, data in {**content, "optimizer.pt": b"x"}.items():
+        gs.put(f"prod/mood/{name}", data)
+    assert stage("gs://bucket/prod/mood", "gs://bucket") == (content, "gs://bucket/prod/mood")
+    assert "there is nothing" in refused(BadInput, stage, "gs://bucket/none", "gs://bucket")
+    assert "holds no adapter" in refused(BadInput, stage, "gs://bucket/prod", "gs://bucket")

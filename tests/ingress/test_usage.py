@@ -1,23 +1,35 @@
 import asyncio
 import logging
 import math
+from dataclasses import asdict
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from deployments.errors import NotReady
 from deployments.ingress.usage import Tally, report
-from deployments.snapshot import Usage
+from deployments.usage import USAGES, Usage
 
 A = "aaaaaaaa"
 
 
 def test_what_is_taken_is_what_the_catalog_reads() -> None:
-    fields = Tally()
-    fields.answered("mood", A, 3, 1)
-    (counted,) = fields.take()
-    assert {name for name in Usage.model_fields} == set(counted.__slots__)
-    assert fields.take() == []
+    tally = Tally()
+    tally.answered("mood", A, 3, 1)
+    tally.shadowed("mood", A, 4, 2, 0.5)
+    (counted,) = tally.take()
+    assert USAGES.validate_python([asdict(counted)]) == [counted]
+    assert counted == Usage("mood", A, 3, 1, counted.last_used_s, 4, 2, 0.5)
+    assert tally.take() == []
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"num_rows": "many"}, {"score_shift": math.nan}, {"version": "x"}, {"more": 1}]
+)
+def test_what_is_no_usage_is_not_summed(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        USAGES.validate_python([{"task": "mood", "version": A, **wrong}])
 
 
 def test_counts_that_are_no_numbers_are_taken_all_the_same() -> None:
