@@ -1,4 +1,4 @@
-"""How the model is asked for a request's rows: in calls of which none is too large."""
+"""How the model is asked for a request's rows."""
 
 from __future__ import annotations
 
@@ -7,19 +7,15 @@ from collections.abc import Awaitable, Sequence
 from typing import Protocol
 
 from adapters.rules import ProblemType
-from deployments.rows import Facts
+from deployments.rows import Answer, Facts
 from deployments.tokens import Encoded
 
-# Of one handle call: its messages are capped at 4 MB in throughput mode, both ways.
-_MAX_CALL_TOKENS = 2**18
-_MAX_CALL_SCORES = 2**18
-
-Answers = list[list[float] | list[list[float]] | str]
+Answers = list[Answer]
 Encodings = list[tuple[list[int], list[int] | None]]
 
 
 class AskModel(Protocol):
-    """How a model replica is asked; see `deployments.model.deployment.Model.predict`."""
+    """How the model is asked; see `deployments.ingress.replicas.Replicas.ask`."""
 
     def __call__(
         self, task: str, version: str, problem_type: ProblemType, inputs: Encodings
@@ -27,28 +23,48 @@ class AskModel(Protocol):
         """Answer inputs of one task and version."""
 
 
+class Question:
+    """Inputs of one version, of which each is answered by itself.
+
+    Attributes:
+        task: The task.
+        version: The version that must answer.
+        problem_type: How its logits become scores.
+        inputs: (ids, type ids) of each.
+        answers: Has all answers in the order of the inputs, once there are all; or an error.
+    """
+
+    def __init__(
+        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings
+    ) -> None:
+        """Take what is asked; needs a running event loop."""
+        self.task, self.version, self.problem_type = task, version, problem_type
+        self.inputs = inputs
+        self.answers: asyncio.Future[Answers] = asyncio.get_running_loop().create_future()
+        self._given: Answers = [""] * len(inputs)
+        self._left = len(inputs)
+
+    @property
+    def over(self) -> bool:
+        """Whether nobody waits for answers any more."""
+        return self.answers.done()
+
+    def answer(self, index: int, answer: Answer) -> None:
+        """Take the answer of an input, which comes once."""
+        self._given[index] = answer
+        self._left -= 1
+        if not self._left and not self.over:
+            self.answers.set_result(self._given)
+
+    def fail(self, error: Exception) -> None:
+        """End all of it with an error."""
+        if not self.over:
+            self.answers.set_exception(error)
+
+
 async def answer_rows(ask: AskModel, facts: Facts, rows: Sequence[Encoded]) -> Answers:
-    """Ask the model, in several calls if one would be too large."""
-    parts = await asyncio.gather(
-        *(
-            ask(facts["task"], facts["version"], facts["problem_type"], part)
-            for part in _parts(facts, rows)
-        )
-    )
-    return [answer for part in parts for answer in part]
-
-
-def _parts(facts: Facts, rows: Sequence[Encoded]) -> list[Encodings]:
-    """Part rows into calls of which none is too large, nor its answer."""
-    calls: list[Encodings] = []
-    num_tokens = num_scores = 0
-    of_tokens = facts["problem_type"] == "token_classification"
-    for row in rows:
-        length = len(row.tokens.ids)
-        scores = len(facts["labels"]) * (length if of_tokens else 1)
-        num_tokens, num_scores = num_tokens + length, num_scores + scores
-        if not calls or num_tokens > _MAX_CALL_TOKENS or num_scores > _MAX_CALL_SCORES:
-            calls.append([])
-            num_tokens, num_scores = length, scores
-        calls[-1].append((row.tokens.ids, row.tokens.type_ids))
-    return calls
+    """Ask the model."""
+    if not rows:
+        return []
+    inputs = [(row.tokens.ids, row.tokens.type_ids) for row in rows]
+    return await ask(facts["task"], facts["version"], facts["problem_type"], inputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import orjson
@@ -16,7 +16,9 @@ from adapters.rules import ProblemType
 from deployments.errors import BatchLoopDied, NotReady
 from deployments.ingress.calls import Answers, Encodings
 from deployments.ingress.changes import CatalogLost
-from deployments.rows import Facts
+from deployments.ingress.outbox import ReplicaLost
+from deployments.ingress.replicas import Replicas
+from deployments.rows import Facts, Parcel, Reply, Residency
 from deployments.tokens import Vocabulary
 
 T = TypeVar("T")
@@ -32,6 +34,8 @@ class ModelHandle:
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         """Take Serve's handle."""
         self._handle = handle
+        self._exchanges: dict[str, DeploymentHandle[Any]] = {}  # by the replica that they name
+        self._replicas = Replicas(self)
 
     async def vocabulary(self) -> Vocabulary:
         """Return the base's tokenizer; see `deployments.tokens.Tokenizer`."""
@@ -51,20 +55,47 @@ class ModelHandle:
     async def predict(
         self, task: str, version: str, problem_type: ProblemType, inputs: Encodings
     ) -> Answers:
-        """Have inputs answered."""
-        answers: Answers = await _reach(
-            lambda: self._handle.predict.remote(task, version, problem_type, inputs)
-        )
-        return answers
+        """Have inputs answered; see `Replicas.ask`."""
+        return await self._replicas.ask(task, version, problem_type, inputs)
+
+    async def exchange(
+        self, replica: str, ingress: str, heard: int, parcels: Sequence[Parcel], gone: Sequence[int]
+    ) -> Reply:
+        """Call one replica; see `replicas.Calls`."""
+        call = self._exchanges.get(replica)
+        if call is None:
+            call = self._handle.options(method_name="exchange", session_id=replica)
+            self._exchanges[replica] = call
+        try:
+            reply: Reply = await call.remote(replica, ingress, heard, parcels, gone)
+        except (RayActorError, BackPressureError, DeploymentUnavailableError) as error:
+            self._exchanges.pop(replica, None)
+            raise ReplicaLost(str(error)) from None
+        return reply
+
+    async def publish(self, heard: dict[str, int]) -> list[tuple[str, Residency | None]]:
+        """Ask all replicas who they are; see `replicas.Calls`."""
+        return [
+            answer
+            for answer in await self._all("publish", heard)
+            if not isinstance(answer, Exception)
+        ]
 
     async def residency(self, after: str, limit: int) -> list[dict[str, Any]]:
         """Ask all replicas what they hold; one that is lost meanwhile is left out."""
+        answers = await self._all("residency", after, limit)
+        return [answer for answer in answers if isinstance(answer, dict)]
+
+    async def _all(self, method: str, *given: Any) -> list[Any]:
+        """Call all replicas; what one that is lost meanwhile answers is an exception."""
         try:
-            asked = self._handle.broadcast("residency", after, limit)
-            answers = await asked.results_async(timeout_s=_READ_S, return_exceptions=True)
+            asked = self._handle.broadcast(method, *given)
+            answers: list[Any] = await asked.results_async(
+                timeout_s=_READ_S, return_exceptions=True
+            )
         except (DeploymentUnavailableError, TimeoutError):
             raise NotReady("no model replica answers; try again in a second") from None
-        return [answer for answer in answers if isinstance(answer, dict)]
+        return answers
 
 
 class CatalogHandle:

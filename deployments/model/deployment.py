@@ -17,17 +17,19 @@ from ray.serve.exceptions import RayServeException
 from adapters.documents import open_documents
 from adapters.rules import ProblemType
 from deployments.config import GIB, Args
-from deployments.errors import BatchLoopDied
 from deployments.journal import Journal
+from deployments.model.answers import as_data
 from deployments.model.budget import make_planner
-from deployments.model.dynamic_batch import batch_queue, dynamic_batch
-from deployments.model.engine import BadRow, EmptySlot, Engine, Loaded
+from deployments.model.dynamic_batch import batch_queue, dynamic_batch, enter
+from deployments.model.engine import BadRow, Engine, Loaded
+from deployments.model.exchange import Exchange, Ways
 from deployments.model.facts import to_facts
 from deployments.model.memory import take_stock
+from deployments.model.news import News
 from deployments.model.residents import Residents
 from deployments.model.threads import forward_threads
 from deployments.model.vocabulary import export_vocabulary, to_pages
-from deployments.rows import Facts, Prediction, Row, Tokens
+from deployments.rows import Answer, Facts, Parcel, Prediction, Reply, Residency, Row, Tokens
 from deployments.snapshot import Snapshot
 from deployments.watch import Watch
 
@@ -56,6 +58,7 @@ class Model:
         host_bytes = int(args.max_host_gib * GIB)
         memory = take_stock(self.engine.encoder, self.planner.most_tokens, host_bytes)
         memory.check()
+        self._news = News()
         self.residents = Residents(
             self.engine,
             args.open_store(),
@@ -65,6 +68,8 @@ class Model:
             write=self._write,
             forget=self._forget,
         )
+        ways = Ways(self.residents.pin, lambda row: enter(self.answer, row), as_data)
+        self._exchange = Exchange(_replica(), ways, self._news)
         await self._follow_catalog(args)
         await self.residents.load_pinned()
         logger.info(
@@ -138,18 +143,17 @@ class Model:
         version: str,
         problem_type: ProblemType,
         inputs: list[tuple[list[int], list[int] | None]],
-    ) -> list[list[float] | list[list[float]] | str]:
-        """Answer inputs of one task.
+    ) -> list[Answer]:
+        """Answer inputs of one task, for whoever has this replica for itself.
 
         Args:
             task: The task.
-            version: The version that must answer; no other will.
-            problem_type: How its logits become scores.
+            version: The version.
+            problem_type: See `deployments.rows.Parcel`.
             inputs: (ids, type ids) of each input, see `deployments.rows.Tokens`.
 
         Returns:
-            For each input its scores, one a label, of a token classifier a list of them for each
-            token; or a sentence where it alone failed.
+            For each input its answer, see `deployments.rows.Reply`.
 
         Raises:
             AdapterError: The version cannot be had.
@@ -160,7 +164,23 @@ class Model:
             answers = await asyncio.gather(
                 *(self.answer(row) for row in rows), return_exceptions=True
             )
-        return [_as_data(answer) for answer in answers]
+        return [as_data(answer) for answer in answers]
+
+    async def exchange(
+        self, replica: str, ingress: str, heard: int, parcels: Sequence[Parcel], gone: Sequence[int]
+    ) -> Reply:
+        """Take an ingress's rows and reply with its answers; see `Exchange.call`.
+
+        What is meant for another `replica`, which Serve does not find any more, is not taken.
+        """
+        if replica != self._exchange.replica:
+            return self._exchange.not_taken()
+        return await self._exchange.call(ingress, heard, parcels, gone)
+
+    async def publish(self, heard: dict[str, int]) -> tuple[str, Residency | None]:
+        """Say who this is, and what changed in its slots after the change that was last `heard`."""
+        name = self._exchange.replica
+        return name, self._news.since(heard.get(name, 0))
 
     @dynamic_batch
     async def answer(self, rows: list[Row]) -> list[Prediction | Exception]:
@@ -227,6 +247,7 @@ class Model:
             if gone:
                 logger.info("left=slot:%s", ",".join(map(str, gone)))
 
+        self._news.came(slot, name, gone)
         loop = asyncio.get_running_loop()
         writing = loop.run_in_executor(self._device, self.engine.write, slot, loaded, gone)
         writing.add_done_callback(written)
@@ -234,6 +255,7 @@ class Model:
     def _forget(self, slots: Sequence[int]) -> None:
         """Free slots once the rows that were handed over before have been answered."""
         logger.info("left=slot:%s", ",".join(map(str, slots)))
+        self._news.left(slots)
         asyncio.get_running_loop().run_in_executor(self._device, self.engine.forget, slots)
 
     async def _on_device(self, work: Callable[..., T], *args: Any) -> T:
@@ -272,17 +294,3 @@ def _make_engine(args: Args) -> Engine:
         bank_bytes=int(args.bank_gib * GIB),
         base_aliases=args.base_aliases,
     )
-
-
-def _as_data(answer: Prediction | BaseException) -> list[float] | list[list[float]] | str:
-    """Return a row's scores, or a sentence where it alone failed."""
-    if isinstance(answer, Prediction):
-        return answer.scores
-    if isinstance(answer, EmptySlot):  # not the caller's fault, and another replica can answer
-        raise BatchLoopDied(str(answer)) from answer
-    if isinstance(answer, BadRow):
-        return str(answer)
-    if isinstance(answer, BatchLoopDied) or not isinstance(answer, Exception):
-        raise answer
-    logger.error("an input could not be answered", exc_info=answer)
-    return "this input could not be answered; the server's log says why"

@@ -80,12 +80,16 @@ class BatchQueue:
         Raises:
             BatchLoopDied: The loop has ended, before or while the row waited.
         """
+        return await self.enter(row)
+
+    def enter(self, row: Any) -> asyncio.Future[Any]:
+        """Put a row into the queue and return the future of its answer; raises as `put`."""
         if not self.alive:
             raise BatchLoopDied("the batch loop has ended")
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiter(row, answer))
         self._wake.set()
-        return await answer
+        return answer
 
     async def _run(self) -> None:
         while True:
@@ -169,16 +173,30 @@ def dynamic_batch(
     """
     name = f"_{forward.__name__}_queue"
 
-    @functools.wraps(forward)
-    async def one(self: Any, row: R) -> A:
-        queue = getattr(self, name, None)
+    def make(self: Any) -> BatchQueue:
+        queue: BatchQueue | None = getattr(self, name, None)
         if queue is None:
             queue = BatchQueue(functools.partial(forward, self), self.planner)
             setattr(self, name, queue)
-        return await queue.put(row)  # type: ignore[no-any-return]
+        return queue
+
+    @functools.wraps(forward)
+    async def one(self: Any, row: R) -> A:
+        return await make(self).put(row)  # type: ignore[no-any-return]
 
     one.queue_of = lambda self: getattr(self, name, None)  # type: ignore[attr-defined]
+    one.make_queue = make  # type: ignore[attr-defined]
     return one
+
+
+def enter(method: Any, row: Any) -> asyncio.Future[Any]:
+    """Put a row into the queue of a bound `@dynamic_batch` method, without a task that waits.
+
+    Raises:
+        BatchLoopDied: The loop has ended; the future fails likewise if it ends later.
+    """
+    queue: BatchQueue = method.__func__.make_queue(method.__self__)
+    return queue.enter(row)
 
 
 def batch_queue(method: Any) -> BatchQueue | None:

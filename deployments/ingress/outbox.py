@@ -1,0 +1,189 @@
+"""Rows on their way to one replica, and the calls that carry them. Knows no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from deployments.ingress.calls import Question
+from deployments.rows import Parcel, Reply
+
+logger = logging.getLogger("ray.serve")
+
+# Of one call: messages are capped at 4 MB in throughput mode.
+_MAX_CALL_TOKENS = 2**18
+# One that waits at the replica for an answer, and one that is on its way there. That the first
+# comes back tells that the second has arrived.
+_MAX_CALLS = 2
+
+
+class ReplicaLost(Exception):
+    """A call did not reach its replica, or its answers will not come."""
+
+
+class NotTaken(ReplicaLost):
+    """The replica takes no rows any more; those that it had may be asked for elsewhere."""
+
+
+class Asked(NamedTuple):
+    """One row.
+
+    Attributes:
+        question: What it is a part of.
+        at: Which of its inputs it is.
+        tried: The replicas that could not answer it.
+    """
+
+    question: Question
+    at: int
+    tried: tuple[str, ...] = ()
+
+
+Exchange = Callable[[Sequence[Parcel], Sequence[int]], Awaitable[Reply]]
+
+
+class Outbox:
+    """Brings rows to one replica and takes their answers back. Owned by one event loop.
+
+    Rows leave at once, together with all others that are there; while a call is on its way, others
+    gather for the next. No row waits for more to come, nor an answer for another one.
+
+    Attributes:
+        closed: Whether the replica is lost.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        heard: Callable[[Reply], None],
+        done: Callable[[int], None],
+        unanswered: Callable[[Sequence[Asked], Exception], None],
+    ) -> None:
+        """Take the way there, and who is told.
+
+        Args:
+            exchange: Calls the replica, see `deployments.model.exchange.Exchange.call`; raises
+                ReplicaLost.
+            heard: Called with each reply.
+            done: Called with the number of rows that are not here any more.
+            unanswered: Called with rows that are not here any more, and why.
+        """
+        self._exchange = exchange
+        self._heard, self._done, self._unanswered = heard, done, unanswered
+        self._ids = itertools.count(1)
+        self._waiting: deque[Asked] = deque()
+        self._away: dict[int, Asked] = {}
+        self._gone: list[int] = []
+        self._calls: set[asyncio.Task[None]] = set()
+        self.closed = False
+
+    def put(self, rows: Iterable[Asked]) -> None:
+        """Send rows of one question."""
+        rows = list(rows)
+        self._waiting.extend(rows)
+        rows[0].question.answers.add_done_callback(lambda _, of=rows[0].question: self._end(of))  # type: ignore[misc]
+        self._go()
+
+    def close(self, error: Exception) -> None:
+        """Give up the replica; all rows go back."""
+        if self.closed:
+            return
+        self.closed = True
+        rows = [*self._away.values(), *self._waiting]
+        self._away.clear()
+        self._waiting.clear()
+        self._give_back(rows, error)
+
+    def _go(self) -> None:
+        """Make another call if there is a reason: rows, word of rows that are gone, or answers."""
+        if self.closed or len(self._calls) >= _MAX_CALLS:
+            return
+        if self._waiting or self._gone or (self._away and not self._calls):
+            # It begins in the loop's next turn, with all that this one still brings.
+            call = asyncio.get_running_loop().create_task(self._call())
+            self._calls.add(call)
+            call.add_done_callback(self._calls.discard)
+
+    async def _call(self) -> None:
+        gone, self._gone = self._gone, []
+        try:
+            reply = await self._exchange(self._pack(), gone)
+        except ReplicaLost as error:
+            self.close(error)
+        except Exception as error:
+            # Which of the rows it is is not known; none may wait for ever.
+            logger.error("a call to a model replica failed", exc_info=error)
+            rows, self._away = [*self._away.values()], {}
+            self._done(len(rows))
+            for row in rows:
+                row.question.fail(error)
+        else:
+            if not self.closed:
+                self._settle(reply)
+        current = asyncio.current_task()
+        if current is not None:
+            self._calls.discard(current)
+        self._go()
+
+    def _pack(self) -> list[Parcel]:
+        """Take the rows that fit into a call, those of one version together."""
+        parcels: dict[tuple[str, str], Parcel] = {}
+        num_tokens = num_over = 0
+        while self._waiting:
+            row = self._waiting[0]
+            question = row.question
+            if question.over:
+                self._waiting.popleft()
+                num_over += 1
+                continue
+            ids, type_ids = question.inputs[row.at]
+            num_tokens += len(ids)
+            if num_tokens > _MAX_CALL_TOKENS and parcels:
+                break
+            self._waiting.popleft()
+            number = next(self._ids)
+            self._away[number] = row
+            key = (question.task, question.version)
+            parcel = parcels.get(key)
+            if parcel is None:
+                parcel = parcels[key] = Parcel(*key, question.problem_type, [])
+            parcel.rows.append((number, ids, type_ids))
+        if num_over:
+            self._done(num_over)
+        return [*parcels.values()]
+
+    def _settle(self, reply: Reply) -> None:
+        """Hand out answers; one that comes twice, or for nobody, is dropped."""
+        self._heard(reply)
+        num_done = 0
+        for number, answer in reply["answers"]:
+            row = self._away.pop(number, None)
+            if row is not None:
+                num_done += 1
+                row.question.answer(row.at, answer)
+        if num_done:
+            self._done(num_done)
+        for numbers, error in reply["failed"]:
+            rows = [self._away.pop(number) for number in numbers if number in self._away]
+            if rows:
+                self._give_back(rows, error)
+
+    def _give_back(self, rows: Sequence[Asked], error: Exception) -> None:
+        self._done(len(rows))
+        self._unanswered([row for row in rows if not row.question.over], error)
+
+    def _end(self, question: Question) -> None:
+        """Let go of a question's rows, of which there are some only if nobody waits for it."""
+        if not question.answers.cancelled() and question.answers.exception() is None:
+            return
+        gone = [number for number, row in self._away.items() if row.question is question]
+        for number in gone:
+            del self._away[number]
+        if gone:
+            self._done(len(gone))
+            self._gone += gone
+            self._go()

@@ -1,0 +1,187 @@
+"""The model replicas as one: rows in, answers out, whichever replica has which. Knows no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import uuid
+from collections.abc import Awaitable, Sequence
+from functools import partial
+from typing import Protocol
+
+from adapters.errors import AdapterError
+from adapters.rules import ProblemType
+from deployments.errors import BatchLoopDied, NotReady
+from deployments.ingress.calls import Answers, Encodings, Question
+from deployments.ingress.outbox import Asked, NotTaken, Outbox, ReplicaLost
+from deployments.ingress.placement import Placement
+from deployments.rows import Parcel, Reply, Residency
+
+logger = logging.getLogger("ray.serve")
+
+# Rows of a request that are placed together: a large one is spread over replicas.
+_CHUNK_ROWS = 32
+# How often replicas are asked who they are and what they hold; more often while rows have none.
+_LOOK_EVERY_S, _LOOK_AGAIN_S = 1.0, 0.1
+# How long rows wait for a first replica.
+_PATIENCE_S = 10.0
+# A replica that could not answer, and another one.
+_MOST_TRIES = 2
+_LOST = "the model replica was lost; try again in a second"
+
+
+class Calls(Protocol):
+    """How replicas are called."""
+
+    async def publish(self, heard: dict[str, int]) -> list[tuple[str, Residency | None]]:
+        """Ask all replicas who they are; see `deployments.model.deployment.Model.publish`.
+
+        Raises:
+            NotReady: There is none, or they cannot be asked.
+        """
+        ...
+
+    def exchange(
+        self, replica: str, ingress: str, heard: int, parcels: Sequence[Parcel], gone: Sequence[int]
+    ) -> Awaitable[Reply]:
+        """Call one replica; see `deployments.model.exchange.Exchange.call`.
+
+        Raises:
+            ReplicaLost: It did not reach it.
+        """
+        ...
+
+
+class Replicas:
+    """Places rows, and sends them again to another replica when one is lost. One event loop's."""
+
+    def __init__(self, calls: Calls) -> None:
+        """Take how replicas are called; who they are is found out at the first question."""
+        self._calls = calls
+        self._name = uuid.uuid4().hex
+        self._placement = Placement()
+        self._outboxes: dict[str, Outbox] = {}
+        self._homeless: list[Asked] = []
+        self._look_now = asyncio.Event()
+        self._looking: asyncio.Task[None] | None = None
+
+    async def ask(
+        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings
+    ) -> Answers:
+        """Have inputs answered; when the caller goes, so do their rows.
+
+        Raises:
+            AdapterError: The version cannot be had.
+            NotReady: No replica can answer.
+        """
+        if self._looking is None:
+            self._looking = asyncio.get_running_loop().create_task(self._look())
+        question = Question(task, version, problem_type, inputs)
+        self._place([Asked(question, index) for index in range(len(inputs))])
+        return await question.answers
+
+    def _place(self, rows: Sequence[Asked]) -> None:
+        """Send rows of one question, those in a chunk to one replica."""
+        question = rows[0].question
+        name = f"{question.task}@{question.version}"
+        for first in range(0, len(rows), _CHUNK_ROWS):
+            chunk = rows[first : first + _CHUNK_ROWS]
+            replica = self._placement.place(name, len(chunk), chunk[0].tried)
+            if replica is None:
+                self._homeless += chunk
+                self._look_now.set()
+            else:
+                self._outboxes[replica].put(chunk)
+
+    def _join(self, name: str) -> None:
+        self._placement.join(name)
+        if name not in self._outboxes:
+            self._outboxes[name] = Outbox(
+                partial(self._exchange, name),
+                lambda reply: self._placement.hear(name, reply["residency"]),
+                lambda num_rows: self._placement.done(name, num_rows),
+                partial(self._again, name),
+            )
+
+    def _leave(self, name: str, why: ReplicaLost) -> None:
+        """Do without a replica; its rows go elsewhere."""
+        self._placement.leave(name)
+        outbox = self._outboxes.pop(name, None)
+        if outbox is not None:
+            outbox.close(why)
+
+    async def _exchange(self, name: str, parcels: Sequence[Parcel], gone: Sequence[int]) -> Reply:
+        heard = self._placement.heard_of(name)
+        reply = await self._calls.exchange(name, self._name, heard, parcels, gone)
+        if reply["replica"] != name:
+            raise NotTaken(f"replica {name} takes no calls any more")
+        return reply
+
+    def _again(self, name: str, rows: Sequence[Asked], error: Exception) -> None:
+        """Try rows elsewhere that a replica has not answered, or tell why not."""
+        if isinstance(error, ReplicaLost):
+            self._leave(name, error)
+            self._look_now.set()
+        elif isinstance(error, BatchLoopDied):
+            self._placement.shun(name)
+        again: dict[int, list[Asked]] = {}
+        for row in rows:
+            tried = row.tried if isinstance(error, NotTaken) else (*row.tried, name)
+            if not isinstance(error, (ReplicaLost, BatchLoopDied)):
+                if isinstance(error, AdapterError):
+                    question = row.question
+                    self._placement.missing(name, f"{question.task}@{question.version}")
+                row.question.fail(error)
+            elif len(tried) >= _MOST_TRIES:
+                row.question.fail(NotReady(_LOST))
+            else:
+                again.setdefault(id(row.question), []).append(row._replace(tried=tried))
+        for of_question in again.values():
+            self._place(of_question)
+
+    async def _look(self) -> None:
+        """Keep knowing who the replicas are; rows that have none wait for the first."""
+        loop = asyncio.get_running_loop()
+        homeless_s: float | None = None  # since when there has been none
+        while True:
+            self._look_now.clear()
+            try:
+                await self._look_once()
+            except NotReady:
+                pass
+            except Exception as error:
+                logger.error("the model replicas could not be asked", exc_info=error)
+            if self._placement.names:
+                homeless_s = None
+                self._house()
+            elif homeless_s is None:
+                homeless_s = loop.time()
+            elif loop.time() - homeless_s > _PATIENCE_S:
+                self._turn_away()
+            try:
+                if self._homeless:
+                    await asyncio.sleep(_LOOK_AGAIN_S)
+                else:
+                    await asyncio.wait_for(self._look_now.wait(), _LOOK_EVERY_S)
+            except TimeoutError:
+                pass
+
+    async def _look_once(self) -> None:
+        told = await self._calls.publish(self._placement.heard)
+        for name, residency in told:
+            self._join(name)
+            self._placement.hear(name, residency)
+        for name in self._outboxes.keys() - {name for name, _ in told}:
+            self._leave(name, NotTaken(f"replica {name} is not there any more"))
+
+    def _house(self) -> None:
+        rows, self._homeless = self._homeless, []
+        for question, of_question in itertools.groupby(rows, key=lambda row: row.question):
+            if not question.over:
+                self._place([*of_question])
+
+    def _turn_away(self) -> None:
+        rows, self._homeless = self._homeless, []
+        for row in rows:
+            row.question.fail(NotReady("no model replica is running"))
