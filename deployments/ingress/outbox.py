@@ -79,6 +79,7 @@ class Outbox:
         self._away: dict[int, Asked] = {}
         self._gone: list[int] = []
         self._calls: set[asyncio.Task[None]] = set()
+        self._beginning = False  # the last of them has yet to take its rows
         self.closed = False
 
     def put(self, rows: Iterable[Asked]) -> None:
@@ -100,15 +101,19 @@ class Outbox:
 
     def _go(self) -> None:
         """Make another call if there is a reason: rows, word of rows that are gone, or answers."""
-        if self.closed or len(self._calls) >= _MAX_CALLS:
+        if self.closed or self._beginning or len(self._calls) >= _MAX_CALLS:
             return
         if self._waiting or self._gone or (self._away and not self._calls):
             # It begins in the loop's next turn, with all that this one still brings.
+            self._beginning = True
             call = asyncio.get_running_loop().create_task(self._call())
             self._calls.add(call)
             call.add_done_callback(self._calls.discard)
 
     async def _call(self) -> None:
+        self._beginning = False
+        if self.closed:
+            return
         gone, self._gone = self._gone, []
         try:
             reply = await self._exchange(self._pack(), gone)

@@ -16,6 +16,7 @@ from deployments.errors import INTERNAL, BadInput, Problem, RequestError, to_pro
 from deployments.ingress.limits import BodyLimit
 from deployments.ingress.listing import AskUsage, Listing
 from deployments.ingress.predict import Predictor
+from deployments.ingress.predict_route import PredictRoute
 from deployments.ingress.tasks import Tasks
 from deployments.ingress.wire import PredictRequest, explain
 
@@ -54,6 +55,7 @@ def make_api(
         usage: Asks the catalog what was counted; None where there is none.
     """
     api = FastAPI(title="onebase", description="One base model, every task.", redoc_url=None)
+    api.add_middleware(PredictRoute, predictor=predictor, default_task=default_task, explain=_any)
     api.add_middleware(BodyLimit, max_bytes=max_body_bytes, max_upload_bytes=max_upload_bytes)
     api.add_exception_handler(RequestValidationError, _invalid)
     api.add_exception_handler(HTTPException, _http)

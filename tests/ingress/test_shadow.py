@@ -47,6 +47,7 @@ class Model:
         self, task: str, version: str, problem_type: ProblemType, inputs: Encodings
     ) -> Answers:
         self.asked.append((version, len(inputs)))
+        await asyncio.sleep(0)  # no model answers in the same turn of the loop
         if version == B:
             self.num_at_once += len(inputs)
             self.most_at_once = max(self.most_at_once, self.num_at_once)
