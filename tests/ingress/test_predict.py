@@ -1,7 +1,6 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from ray.exceptions import RayTaskError
 from adapters.directory import Directory
 from adapters.errors import AdapterChanged, AdapterRefused
 from deployments.errors import BadInput
-from deployments.ingress import calls
+from deployments.ingress import runs
 from deployments.ingress.calls import Answers, Encodings
 from deployments.ingress.folders import Folders
 from deployments.ingress.predict import Predictor
@@ -103,31 +102,6 @@ async def test_every_row_has_its_own_answer_in_order(ask: Ask, model: Model) -> 
     ((task, version, problem_type, inputs),) = model.calls
     assert (task, version, problem_type) == ("mood", "00000001", "single_label_classification")
     assert inputs == [(ids_of(text), None) for text in texts]
-
-
-async def test_many_tokens_go_in_several_calls_and_stay_in_order(
-    ask: Ask, model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(calls, "_MAX_CALL_TOKENS", 12)
-    texts = [f"w{n} " * (1 + n % 5) for n in range(40)] + ["w7 " * 14] * 2
-    answer = await ask(*texts, return_scores=True)
-    own = [score(ids_of(text)) for text in texts]
-    assert [result["probabilities"]["no"] for result in answer["results"]] == own
-    sizes = [[len(ids) for ids, _ in inputs] for _, _, _, inputs in model.calls]
-    assert sum(map(len, sizes)) == 42
-    assert all(sum(call) <= 12 or len(call) == 1 for call in sizes)
-    assert all(sum(a) + b[0] > 12 for a, b in pairwise(sizes))
-
-
-async def test_many_scores_come_in_several_answers(
-    ask: Ask, model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(calls, "_MAX_CALL_SCORES", 6)  # three rows of two labels
-    texts = [f"w{n}" for n in range(10)]
-    answer = await ask(*texts, return_scores=True)
-    own = [score(ids_of(text)) for text in texts]
-    assert [result["probabilities"]["no"] for result in answer["results"]] == own
-    assert [len(inputs) for _, _, _, inputs in model.calls] == [3, 3, 3, 1]
 
 
 async def test_a_row_that_fails_in_the_model_fails_alone(ask: Ask, model: Model) -> None:
@@ -267,18 +241,6 @@ async def test_a_long_text_s_entities_are_those_of_what_was_read(ask: Ask) -> No
     assert result["truncated"]
 
 
-@pytest.mark.usefixtures("of_tokens")
-async def test_many_scores_of_tokens_come_in_several_answers(
-    ask: Ask, model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(calls, "_MAX_CALL_SCORES", 24)  # three rows of four tokens, two labels
-    answer = await ask(*(f"w{100 + n} w999" for n in range(10)))
-    assert [len(inputs) for _, _, _, inputs in model.calls] == [3, 3, 3, 1]
-    assert [result["prediction"][0]["score"] for result in answer["results"]] == [
-        pytest.approx(1 - share(100 + n)) for n in range(10)
-    ]
-
-
 async def test_pairs_reach_the_model_as_one_input_with_segments(ask: Ask, model: Model) -> None:
     model.facts["pair"] = True
     await ask({"text": "w1 w2", "text_pair": "w3"}, {"text": "w4", "text_pair": ""})
@@ -346,7 +308,7 @@ async def test_encoding_does_not_hold_up_the_event_loop(
         return encode(*arguments, **named)
 
     monkeypatch.setattr(tokenizer, "encode", slow)
-    call = asyncio.ensure_future(ask("w1"))
+    call = asyncio.ensure_future(ask("w1 " * (runs._SHORT_CHARACTERS // 3 + 1)))
     await asyncio.wait_for(begun.wait(), 5)
     while not call.done():
         turns += 1
