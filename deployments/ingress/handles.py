@@ -64,7 +64,12 @@ class ModelHandle:
         """Call one replica; see `replicas.Calls`."""
         call = self._exchanges.get(replica)
         if call is None:
-            call = self._handle.options(method_name="exchange", session_id=replica)
+            call = self._handle.options(
+                method_name="exchange",
+                session_id=replica,
+                request_serialization="pickle",
+                response_serialization="pickle",
+            )
             self._exchanges[replica] = call
         try:
             reply: Reply = await call.remote(replica, ingress, heard, parcels, gone)

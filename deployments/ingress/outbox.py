@@ -7,6 +7,7 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextvars import Context
 from typing import NamedTuple
 
 from deployments.ingress.calls import Question
@@ -106,7 +107,9 @@ class Outbox:
         if self._waiting or self._gone or (self._away and not self._calls):
             # It begins in the loop's next turn, with all that this one still brings.
             self._beginning = True
-            call = asyncio.get_running_loop().create_task(self._call())
+            # Of no request: Serve would take two calls in one's context for the same, and end
+            # them with it.
+            call = asyncio.get_running_loop().create_task(self._call(), context=Context())
             self._calls.add(call)
             call.add_done_callback(self._calls.discard)
 

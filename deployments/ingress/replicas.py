@@ -7,6 +7,7 @@ import itertools
 import logging
 import uuid
 from collections.abc import Awaitable, Sequence
+from contextvars import Context
 from functools import partial
 from typing import Protocol
 
@@ -59,7 +60,6 @@ class Replicas:
     def __init__(self, calls: Calls) -> None:
         """Take how replicas are called; who they are is found out at the first question."""
         self._calls = calls
-        self._name = uuid.uuid4().hex
         self._placement = Placement()
         self._outboxes: dict[str, Outbox] = {}
         self._homeless: list[Asked] = []
@@ -76,7 +76,10 @@ class Replicas:
             NotReady: No replica can answer.
         """
         if self._looking is None:
-            self._looking = asyncio.get_running_loop().create_task(self._look())
+            self._looking = asyncio.get_running_loop().create_task(
+                self._look(),
+                context=Context(),  # of no request, whose end would be its own
+            )
         question = Question(task, version, problem_type, inputs)
         self._place([Asked(question, index) for index in range(len(inputs))])
         return await question.answers
@@ -98,7 +101,8 @@ class Replicas:
         self._placement.join(name)
         if name not in self._outboxes:
             self._outboxes[name] = Outbox(
-                partial(self._exchange, name),
+                # Each box has a name of its own: what another one asked must not answer its rows.
+                partial(self._exchange, name, uuid.uuid4().hex),
                 lambda reply: self._placement.hear(name, reply["residency"]),
                 lambda num_rows: self._placement.done(name, num_rows),
                 partial(self._again, name),
@@ -111,9 +115,11 @@ class Replicas:
         if outbox is not None:
             outbox.close(why)
 
-    async def _exchange(self, name: str, parcels: Sequence[Parcel], gone: Sequence[int]) -> Reply:
+    async def _exchange(
+        self, name: str, box: str, parcels: Sequence[Parcel], gone: Sequence[int]
+    ) -> Reply:
         heard = self._placement.heard_of(name)
-        reply = await self._calls.exchange(name, self._name, heard, parcels, gone)
+        reply = await self._calls.exchange(name, box, heard, parcels, gone)
         if reply["replica"] != name:
             raise NotTaken(f"replica {name} takes no calls any more")
         return reply

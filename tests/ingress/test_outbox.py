@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from deployments.ingress.calls import Question
 from deployments.ingress.outbox import Asked, Outbox, ReplicaLost
 from deployments.rows import Parcel, Reply
 
+OF_REQUEST: ContextVar[str] = ContextVar("of_request", default="")
 KIND = "single_label_classification"
 
 
@@ -202,6 +204,24 @@ async def test_what_a_replica_cannot_answer_comes_back_with_why(box: Box) -> Non
     ((_, error),) = box.back
     assert isinstance(error, BatchLoopDied)
     assert not box.outbox.closed
+
+
+async def test_calls_are_made_in_no_request_s_context(box: Box) -> None:
+    # Serve tells calls apart by what their context says of the request, and ends them with it.
+    seen: list[str] = []
+    exchange = box.replica.exchange
+
+    async def looking(parcels: Sequence[Parcel], gone: Sequence[int]) -> Reply:
+        seen.append(OF_REQUEST.get())
+        return await exchange(parcels, gone)
+
+    box.outbox._exchange = looking
+    OF_REQUEST.set("a request")
+    question = box.ask(1)
+    await settle()
+    box.replica.answer()
+    await question.answers
+    assert set(seen) == {""}
 
 
 async def test_a_call_that_breaks_fails_its_rows_and_hangs_nobody(
