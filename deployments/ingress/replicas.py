@@ -178,7 +178,8 @@ class Replicas:
         for name, residency in told:
             self._join(name)
             self._placement.hear(name, residency)
-        for name in self._outboxes.keys() - {name for name, _ in told}:
+        gone = self._outboxes.keys() - {name for name, _ in told} if told else ()
+        for name in [*gone]:
             self._leave(name, NotTaken(f"replica {name} is not there any more"))
 
     def _house(self) -> None:
