@@ -31,7 +31,6 @@ from adapters.staging import (
     FOLDER,
     MARKER,
     MAX_MARKER_BYTES,
-    STAGED,
     STAGING_NAME,
     check_names,
     check_version,
@@ -40,7 +39,7 @@ from adapters.staging import (
     not_there,
     to_marker,
 )
-from adapters.store import CONFIG, PICKLE, Files, Look
+from adapters.store import CONFIG, PICKLE, READ, Files, Look
 
 logger = logging.getLogger("ray.serve")
 
@@ -204,7 +203,7 @@ class Bucket:
             self.forget(task, version)
             return
         below = self._list(task)
-        for name in (*STAGED, PICKLE):  # without its config it is no task any more: first
+        for name in (*READ, PICKLE):  # without its config it is no task any more: first
             if name in below:
                 self._objects.delete(f"{task}/{name}")
 

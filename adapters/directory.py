@@ -34,7 +34,6 @@ from adapters.staging import (
     FOLDER,
     MARKER,
     MAX_MARKER_BYTES,
-    STAGED,
     STAGING_NAME,
     check_names,
     check_version,
@@ -43,9 +42,9 @@ from adapters.staging import (
     not_there,
     to_marker,
 )
-from adapters.store import CONFIG, PICKLE, Files, Look
+from adapters.store import CONFIG, PICKLE, READ, Files, Look
 
-_YOUNG_NS = 2 * 10**9
+_YOUNG_NS = 60 * 10**9
 
 
 class Directory:
@@ -77,7 +76,7 @@ class Directory:
             for entry in entries:
                 if TASK_NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
                     with suppress(OSError):  # it has just gone
-                        # A clock ticks in milliseconds, and more may come within this one.
+                        # A folder below it may have come, and its files still be on their way.
                         marks[entry.name] = min(entry.stat().st_mtime_ns, young_ns)
         return marks
 
@@ -209,7 +208,7 @@ class Directory:
                 folder.unlink()
             else:
                 # Without its config it is no task any more, so that goes first.
-                for name in (*STAGED, PICKLE):
+                for name in (*READ, PICKLE):
                     with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
                         (folder / name).unlink()
             with suppress(OSError):  # it is not there, or not empty

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
 import time
 from pathlib import Path
 from typing import Protocol
 
+from adapters.localfile import open_file, sync
 from adapters.object_documents import ObjectDocuments
 
 # What link(2) says where a file system has none: FAT, SMB, some FUSE.
@@ -23,6 +25,8 @@ _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
 _INSIDE = "document"
 _DEAD_S = 3600.0
+# As `_temporary` names those of documents, and the folders around them.
+_TEMPORARY = re.compile(r"\.[0-9]+\.json\.[0-9a-f]{16}")
 
 
 class Documents(Protocol):
@@ -86,15 +90,16 @@ class FolderDocuments:
                 raise FileExistsError(errno.EEXIST, "it is there already", path) from None
         finally:
             temporary.unlink(missing_ok=True)
-        _sync(target.parent)
+        sync(target.parent)
 
     def read(self, path: str) -> bytes:
         """See `Documents.read`."""
         target = self.root / path
-        try:
-            return target.read_bytes()
-        except IsADirectoryError:
-            return (target / _INSIDE).read_bytes()
+        if target.is_dir() and not target.is_symlink():
+            target /= _INSIDE
+        # A link may lead anywhere, and a pipe would never end: neither is what we have made.
+        with open_file(target, links=False) as file:
+            return file.read()
 
     def names(self, folder: str) -> list[str]:
         """See `Documents.names`."""
@@ -137,11 +142,13 @@ class FolderDocuments:
         place = self.root
         for part in folder.relative_to(self.root).parts:
             (place / part).mkdir(exist_ok=True)
-            _sync(place)
+            sync(place)
             place /= part
+            if place.is_symlink():
+                raise OSError(errno.ELOOP, "is a link; move what it leads to here", str(place))
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
+                if _TEMPORARY.fullmatch(entry.name):
                     _bury(entry)
         self._ready.add(folder)
 
@@ -173,25 +180,13 @@ def _link(temporary: Path, target: Path) -> None:
         folder.mkdir()
         try:
             temporary.rename(folder / _INSIDE)
-            _sync(folder)
+            sync(folder)
             folder.rename(target)
         except OSError as failed:
             shutil.rmtree(folder)
             if failed.errno in _TAKEN:
                 raise FileExistsError(*failed.args) from None
             raise
-
-
-def _sync(folder: Path) -> None:
-    """Make what a folder lists durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # SMB: the server does as it likes
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _bury(entry: os.DirEntry[str]) -> None:

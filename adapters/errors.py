@@ -44,8 +44,9 @@ class TaskNotFound(AdapterError):
                 "and begins with a letter or a digit; 'catalog' is taken"
             )
         return (
-            f"there is no task {self.task!r}; put its PEFT folder into the adapter store "
-            "under that name, or see GET /v1/tasks for those that exist"
+            f"there is no task {self.task!r}; upload one (PUT /v1/tasks/{self.task}/versions), put "
+            "its PEFT folder into the adapter store under that name, or see GET /v1/tasks for "
+            "those that exist"
         )
 
 

@@ -31,9 +31,15 @@ def is_inside(path: str, root: str) -> bool:
     return path.startswith(root.rstrip(os.sep) + os.sep)
 
 
-def open_file(path: str | Path) -> BinaryIO:
-    """Open a file for reading, without waiting for anybody if it has just become a pipe."""
-    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115
+def open_file(path: str | Path, *, links: bool = True) -> BinaryIO:
+    """Open a file for reading, without waiting for anybody if it has just become a pipe.
+
+    Args:
+        path: The file.
+        links: Whether it may be a link.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | (0 if links else os.O_NOFOLLOW)
+    file = open(os.open(path, flags), "rb")  # noqa: SIM115
     if not S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "it is no file", str(path))

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from adapters.contents import check_sizes, check_weights, named
 from adapters.errors import VERSION_NAME, AdapterIncomplete, StoreUnreachable, TaskNotFound
 from adapters.objects import Object, Objects
-from adapters.staging import STAGED
 from adapters.store import CONFIG, PICKLE, READ, WEIGHTS, Files, Look
 
 
@@ -29,7 +28,7 @@ class Prefix:
     @classmethod
     def of(cls, path: str, below: Mapping[str, Object], folder: str = "") -> Prefix:
         """Take a folder out of the listing of a path, by its name below that."""
-        names = [name for name in (*STAGED, PICKLE) if f"{folder}{name}" in below]
+        names = [name for name in (*READ, PICKLE) if f"{folder}{name}" in below]
         return cls(f"{path}{folder}", {name: below[f"{folder}{name}"] for name in names})
 
     @property

@@ -8,20 +8,19 @@ from collections.abc import Iterable
 from typing import IO, BinaryIO
 
 from adapters.errors import TASK_NAME, VERSION_NAME, AdapterRefused, StagingTooLarge, TaskNotFound
-from adapters.store import GOLDEN, READ, limit_bytes
+from adapters.store import READ, limit_bytes
 
 FOLDER = ".staging"
 FILES = "files"
 MARKER = "publishing.json"
 MAX_MARKER_BYTES = 1024
 STAGING_NAME = re.compile(r"[0-9a-f]{32}")
-STAGED = (*READ, GOLDEN)
 _CHUNK_BYTES = 2**20
 
 
 def check_names(names: Iterable[str]) -> None:
     """Raise ValueError with a sentence if a name is no file of an adapter."""
-    wrong = sorted(name for name in names if name not in STAGED)
+    wrong = sorted(name for name in names if name not in READ)
     if wrong:
         raise ValueError(f"no file of an adapter: {', '.join(map(repr, wrong))}")
 

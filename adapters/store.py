@@ -29,10 +29,11 @@ TOKENIZER = (
     "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
 # Only these are ever opened: a training folder holds optimizer states and pickles beside them.
-READ = (CONFIG, WEIGHTS, MODEL_CONFIG, RULES, *TOKENIZER)
+READ = (CONFIG, WEIGHTS, MODEL_CONFIG, RULES, GOLDEN, *TOKENIZER)
 VERSIONED = frozenset((CONFIG, WEIGHTS, *TOKENIZER))
 
 MAX_JSON_BYTES = 8 * 2**20  # parsed, JSON takes 30 times its size at worst
+MAX_GOLDEN_BYTES = 2**20
 MAX_TOKENIZER_BYTES = 64 * 2**20
 MAX_WEIGHTS_BYTES = 4 * 2**30
 MAX_CACHE_BYTES = 10 * 2**30
@@ -123,7 +124,7 @@ class Store(Protocol):
         Args:
             task: The task.
             version: The version, None for the plain folder.
-            name: One of `READ` or `GOLDEN`.
+            name: One of `READ`.
             max_bytes: Its limit.
 
         Raises:
@@ -141,7 +142,7 @@ class Store(Protocol):
             The staging's id, 32 hex digits.
 
         Raises:
-            ValueError: A name is neither in `READ` nor `GOLDEN`.
+            ValueError: A name is not in `READ`.
             StagingTooLarge: A file is over its limit; it was read no further.
         """
 
@@ -210,6 +211,8 @@ def limit_bytes(name: str) -> int:
     """Return the most bytes that a file of this name may have."""
     if name == WEIGHTS:
         return MAX_WEIGHTS_BYTES
+    if name == GOLDEN:
+        return MAX_GOLDEN_BYTES
     return MAX_TOKENIZER_BYTES if name in TOKENIZER else MAX_JSON_BYTES
 
 

@@ -123,15 +123,20 @@ def _wait(process: subprocess.Popen[bytes], port: int, probe: bytes, log: Path) 
 
 def answers(port: int, request: bytes) -> bool:
     """Whether a request is answered with 200."""
+    return answer(port, request) is not None
+
+
+def answer(port: int, request: bytes) -> bytes | None:
+    """The body that answers a request with 200, None if there is none."""
     try:
         with socket.create_connection((HOST, port), timeout=20) as connection:
             connection.sendall(request)
             response = http.client.HTTPResponse(connection)
             response.begin()
-            response.read()
-            return response.status == 200
+            body = response.read()
+            return body if response.status == 200 else None
     except (OSError, http.client.HTTPException):
-        return False
+        return None
 
 
 def _stop(process: subprocess.Popen[bytes], home: Path) -> None:

@@ -10,7 +10,7 @@ application with a forward that answers zeros, against the same whose ingress an
 without the call to the model. 64 adapters: requests that name them in turn, against requests that
 all name one of them. Beside bulk: single-text requests at 32 connections while another connection
 sends 512 texts at a time. Fan-out: one text for ten tasks, in one request and in ten, one after
-another.
+another; and the highest rate of the former whose p95 is at most 100 ms.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks import traffic
 from benchmarks.bisection import highest
 from benchmarks.fleet import write_fleet
 from benchmarks.load import Load, closed, opened, post, run
-from benchmarks.servers import FAST, answers, config, cpu_s, free_port, served
+from benchmarks.servers import FAST, answer, answers, config, cpu_s, free_port, served
 from benchmarks.serving_told import (
     ADAPTERS,
     BULK,
@@ -69,7 +69,7 @@ def measure() -> Iterator[dict[str, Any]]:
         for quantization in ("none", "int8"):
             yield adapters(folder, pairs, quantization)
             yield beside_bulk(folder, pairs, quantization)
-        yield fan_out(folder, pairs)
+            yield fan_out(folder, pairs, quantization)
 
 
 def generator(folder: Path) -> dict[str, Any]:
@@ -205,8 +205,8 @@ def beside_bulk(
     }
 
 
-def fan_out(folder: Path, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """One text for ten tasks, in one request and in ten one after another."""
+def fan_out(folder: Path, pairs: Sequence[tuple[str, str]], quantization: str) -> dict[str, Any]:
+    """One text for ten tasks, in one request and in ten one after another; and at which rate."""
     port, names = free_port(), [f"task-{index:05d}" for index in range(FANNED)]
     texts = [text for _, text in pairs]
     at_once = cycle(
@@ -216,24 +216,33 @@ def fan_out(folder: Path, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
         ]
     )
     singly = cycle([traffic.of_ours(name, [text]) for text in texts for name in names])
-    works = {
-        "at once": lambda: run(closed(port, at_once, 1, TURN_S)),
-        "singly": lambda: run(closed(port, singly, 1, TURN_S)),
-    }
-    with served(command_of_ours(folder, port, "none", "fleet"), port, next(singly), FAST):
+    runs: dict[str, list[Load]] = {"at once": [], "singly": []}
+    command = command_of_ours(folder, port, quantization, "fleet")
+    with served(command, port, next(singly), FAST):
         _warm(port, singly, WARM_S, FANNED)
-        if not answers(port, next(at_once)):
-            return {"part": "fan-out", "ratio": None}
-        runs: dict[str, list[Load]] = {name: [] for name in works}
+        _warm(port, at_once, WARM_S)
         for _ in range(TURNS):
-            for name, work in works.items():
-                runs[name].append(_whole(work()))
+            runs["at once"].append(_whole(run(closed(port, at_once, 1, TURN_S))))
+            runs["singly"].append(_whole(run(closed(port, singly, 1, TURN_S))))
+        load = _whole(run(closed(port, at_once, CONNECTIONS, TURN_S)))
+        rate, curve = highest_rate(port, at_once, load.per_s)
+        told = json.loads(answer(port, next(at_once)) or "{}")
+        if told.get("failed"):  # which is no failed request
+            raise RuntimeError(f"tasks failed: {told['failed']}")
     # Ten requests make one of the other.
     ratio = statistics.median(
         one.percentile(50) / (FANNED * ten.percentile(50))
         for one, ten in zip(runs["at once"], runs["singly"], strict=True)
     )
-    return {"part": "fan-out", "runs": _told(runs), "ratio": ratio}
+    return {
+        "part": "fan-out",
+        "quantization": quantization,
+        "runs": _told(runs),
+        "ratio": ratio,
+        "closed": load.told(),
+        "rate": rate,
+        "open": curve,
+    }
 
 
 def _in_turns(port: int, loads: dict[str, Iterator[bytes]]) -> dict[str, list[Load]]:

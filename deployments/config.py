@@ -115,6 +115,11 @@ class Args(BaseModel):
     max_request_rows: Annotated[int, Field(ge=1)] = Field(
         1024, description="Most texts a request, and most windows of all its texts."
     )
+    max_request_tasks: Annotated[int, Field(ge=1)] = Field(
+        64,
+        description="Most tasks that one request may ask at once; times its texts they are at most "
+        "max_request_rows.",
+    )
     max_body_bytes: Annotated[int, Field(ge=1024)] = Field(
         4 * 2**20, description="Largest request body."
     )

@@ -3,11 +3,13 @@
     RequestError
     ├── Unauthorized 401  a change without the token
     ├── Forbidden    403  a change or a source that the configuration does not allow
+    ├── NoMatch      404  a pattern that no task's name fits
     ├── Conflict     409  a change that does not fit what is there
     ├── Stale        412  a change to a task that another one has changed since
     ├── TooLarge     413  its body is over the limit
     ├── BadInput     422  the request says something that cannot be answered
     └── NotReady     503  no replica can answer at the moment
+        └── Unsure   503  a change may have been made, or not
     BatchLoopDied   503  the replica that was asked can answer nothing any more
     AdapterError         (adapters/errors.py) 404 unknown, 413 too large, 503 for that task alone
 
@@ -47,6 +49,10 @@ class Forbidden(RequestError):
     """The configuration does not allow this."""
 
 
+class NoMatch(RequestError):
+    """No task's name fits the pattern."""
+
+
 class Conflict(RequestError):
     """The change does not fit what is there: a version that has traffic cannot be deleted."""
 
@@ -65,6 +71,10 @@ class TooLarge(RequestError):
 
 class NotReady(RequestError):
     """No replica can answer at the moment."""
+
+
+class Unsure(NotReady):
+    """A change may have been made, or may still come; nobody knows."""
 
 
 class BatchLoopDied(RuntimeError):
@@ -113,10 +123,12 @@ _BUILTINS: dict[int, type[Exception]] = {
 _TABLE: dict[type[Exception], tuple[int, str, int | None]] = {
     Unauthorized: (401, "Unauthorized", None),
     Forbidden: (403, "Forbidden", None),
+    NoMatch: (404, "No match", None),
     Conflict: (409, "Conflict", None),
     Stale: (412, "Precondition failed", None),
     BadInput: (422, "Invalid request", None),
     TooLarge: (413, "Request too large", None),
+    Unsure: (503, "Outcome unknown", 1),
     NotReady: (503, "Not ready", 1),
     BatchLoopDied: (503, "Not ready", 1),
     TaskNotFound: (404, "Unknown task", None),

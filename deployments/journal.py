@@ -29,7 +29,7 @@ NUM_KEPT = 32
 _NAME = re.compile(r"([1-9][0-9]{0,17})\.json")
 _TRIES = 10
 # How far back the last change of a task that is forgotten is looked for.
-_MAX_LOOKED_BACK = 1000
+_MAX_LOOKED_BACK = 200
 
 
 class CatalogUnreadable(NotReady):
@@ -99,6 +99,9 @@ class Journal:
         Raises:
             As `newest`.
         """
+        if revision == 0:
+            snapshot, _ = self.newest()
+            return snapshot if snapshot.revision else None
         # In this order: a pruned revision's change is there before the revision goes.
         after = revision + 1
         if not any(map(self._is_there, (_revision_path(after), _change_path(after)))):
@@ -143,7 +146,7 @@ class Journal:
 
         Args:
             task: Of this task alone. Of one that has no record any more, they are found if the
-                last of them is among the latest 1,000 of all.
+                last of them is among the latest 200 of all.
             before: Only those of earlier revisions, None for all.
             limit: Most to return.
 

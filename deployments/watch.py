@@ -20,6 +20,7 @@ Prepare = Callable[[Snapshot, Snapshot, Collection[str]], Awaitable[None]]
 POLL_S = 2.0
 """Longest that the catalog keeps a poll waiting for news."""
 
+_SETTLE_S = 5.0
 # After that a poll is given up, in case its answer was lost.
 _LONGEST_S = 60.0
 
@@ -64,6 +65,7 @@ class Watch:
         self._prepare_s, self._patience_s, self._every_s = prepare_s, patience_s, every_s
         self.name = uuid.uuid4().hex
         self._contact_s = time.monotonic()
+        self._settled_s = 0.0
         self.away = False
         self._installed = asyncio.Condition()
         self._loop: asyncio.Task[None] | None = None
@@ -85,6 +87,9 @@ class Watch:
             Exception: What `read` raised: without it nobody knows what to answer.
         """
         await self._read_store()
+        # Serve counts this replica as running a little later than it has read the store: what is
+        # written in between comes by the polls, and is held before it is prepared.
+        self._settled_s = time.monotonic() + _SETTLE_S
         self._loop = asyncio.get_running_loop().create_task(self._follow())
 
     async def reach(self, revision: int) -> None:
@@ -159,15 +164,22 @@ class Watch:
         if new.revision > old.revision:
             names = {*old.tasks, *new.tasks}
             changed = {name for name in names if old.tasks.get(name) != new.tasks.get(name)}
-            try:
-                await asyncio.wait_for(self._prepare(old, new, changed), self._prepare_s)
-            except Exception as error:
-                logger.warning("catalog revision=%d is held unprepared: %r", new.revision, error)
+            in_haste = time.monotonic() < self._settled_s
+            if not in_haste:
+                await self._prepared(old, new, changed)
             async with self._installed:
                 self.snapshot = new
                 self._hold(new)
                 self._installed.notify_all()
+            if in_haste:
+                await self._prepared(old, new, changed)
         self._contact_s = time.monotonic()
+
+    async def _prepared(self, old: Snapshot, new: Snapshot, changed: Collection[str]) -> None:
+        try:
+            await asyncio.wait_for(self._prepare(old, new, changed), self._prepare_s)
+        except Exception as error:
+            logger.warning("catalog revision=%d is held unprepared: %r", new.revision, error)
 
     def _told(self, *, away: bool, why: Exception | None = None) -> None:
         """Say once that the catalog went, or came back."""

@@ -22,11 +22,13 @@ from deployments.errors import (
     BadInput,
     Conflict,
     Forbidden,
+    NoMatch,
     NotReady,
     RequestError,
     Stale,
     TooLarge,
     Unauthorized,
+    Unsure,
     to_problem,
 )
 
@@ -42,11 +44,13 @@ ERRORS = [
     (StoreUnreachable("s3://bucket/store", "SlowDown"), 503, RuntimeError),
     (Unauthorized("this route needs a token"), 401, PermissionError),
     (Forbidden("allowed_sources has no such prefix"), 403, PermissionError),
+    (NoMatch("no task fits"), 404, LookupError),
     (Conflict("the version has traffic"), 409, ValueError),
     (Stale("the task is at revision 5"), 412, ValueError),
     (BadInput("texts is empty"), 422, ValueError),
     (TooLarge("the body is over 5 bytes"), 413, ValueError),
     (NotReady("no replica runs"), 503, RuntimeError),
+    (Unsure("the store did not answer"), 503, RuntimeError),
 ]
 RETRIED = (AdapterIncomplete, AdapterChanged, StoreUnreachable, NotReady)
 
@@ -126,3 +130,9 @@ def test_an_unknown_error_is_not_mapped(error: Exception) -> None:
 def test_what_is_not_known_is_told_without_its_words() -> None:
     assert INTERNAL.status == 500
     assert type(INTERNAL.exception()) is RuntimeError
+
+
+def test_who_asks_for_no_task_is_told_how_to_make_one() -> None:
+    said = str(TaskNotFound("mood"))
+    assert "upload one (PUT /v1/tasks/mood/versions)" in said
+    assert "its PEFT folder into the adapter store under that name" in said

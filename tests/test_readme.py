@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import subprocess
 from pathlib import Path
 from types import ModuleType
 
@@ -51,6 +52,18 @@ def test_the_engine_example_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     (answer,) = eval(lines[-1], scope)
     assert isinstance(answer, Prediction)
     assert sum(answer.scores) == pytest.approx(1)
+
+
+def test_the_version_to_play_with_is_the_one_that_is_said(tmp_path: Path) -> None:
+    """docs/catalog.md makes a version by a line of shell, and says what the answer names."""
+    said = (ROOT / "docs" / "catalog.md").read_text()
+    (line,) = re.findall(r"^ +(cp -r examples/store/spam .*)$", said, flags=re.MULTILINE)
+    here = line.replace("/tmp/", f"{tmp_path}/")
+    subprocess.run(["sh", "-c", here], cwd=ROOT, check=True)
+    made = Directory(tmp_path).read("spam2").version
+    assert made != Directory(ROOT / "examples" / "store").read("spam").version
+    assert f'"version":"{made}"' in said
+    assert f'{{"active": "{made}"}}' in said
 
 
 def test_the_held_out_accuracy_is_what_the_engine_reaches() -> None:

@@ -66,7 +66,18 @@ ROWS: list[dict[str, Any]] = [
         )
         for quantization in ("none", "int8")
     ),
-    {"part": "fan-out", "ratio": None},
+    *(
+        {
+            "part": "fan-out",
+            "quantization": quantization,
+            "runs": {"at once": [load(50, 21.0)] * 3, "singly": [load(150, 7.0)] * 3},
+            "ratio": 0.3,
+            "closed": load(60),
+            "rate": rate,
+            "open": [{"rate": rate, **load(rate)}],
+        }
+        for quantization, rate in (("none", 41.0), ("int8", 62.0))
+    ),
 ]
 
 
@@ -101,12 +112,12 @@ def test_what_is_compared_within_ours_has_both_sides_and_the_ratio() -> None:
     assert "50,000 requests a second and 12 µs" in serving.as_table(ROWS)
 
 
-def test_a_fan_out_that_is_not_there_yet_is_not_there_yet() -> None:
-    name = "10 tasks of one text at once by 10 requests, p50 in ms"
-    assert cells(serving.as_table(ROWS))[name][0] == "not there yet"
-    runs = {"at once": [load(50, 21.0)] * 3, "singly": [load(150, 7.0)] * 3}
-    there = [*ROWS[:-1], {"part": "fan-out", "runs": runs, "ratio": 0.3}]
-    assert cells(serving.as_table(there))[name] == ["21.0", "70.0", "0.30"]
+def test_fan_out_is_told_against_requests_one_after_another_and_with_its_rate() -> None:
+    found = cells(serving.as_table(ROWS))
+    what = "10 tasks of one text at once by 10 requests, p50 in ms, fp32"
+    assert found[what] == ["21.0", "70.0", "0.30"]
+    assert found["requests for 10 tasks, Poisson, p95 ≤ 100 ms, fp32"][0] == "41/s"
+    assert found["requests for 10 tasks, Poisson, p95 ≤ 100 ms, int8"][0] == "62/s"
 
 
 def test_the_short_line_names_the_peers_and_the_factors() -> None:
@@ -158,13 +169,13 @@ def test_every_question_is_asked_and_told(tmp_path: Path, monkeypatch: pytest.Mo
     record.save("serving", [*serving.measure()], {"cores": 2})
     rows = record.read("serving")
     assert [row["part"] for row in rows] == (
-        ["generator"] + 5 * ["systems"] + ["no-op"] + 2 * ["adapters", "bulk"] + ["fan-out"]
+        ["generator"] + 5 * ["systems"] + ["no-op"] + 2 * ["adapters", "bulk", "fan-out"]
     )
     assert all(row["ratio"] > 0 for row in rows[6:])
     modules = [command[1] for command in started]
     assert modules.count("benchmarks.peers.guide") == 1
     assert modules.count("benchmarks.peers.ray_idiom") == 2
-    assert modules.count("deployments") == 2 + 1 + 2 * 2 + 1
+    assert modules.count("deployments") == 2 + 1 + 3 * 2
     assert len(cells(serving.as_table(rows))) > 15
     assert serving.in_short(rows)
 

@@ -63,6 +63,7 @@ async def watch(catalog: Catalog) -> AsyncIterator[Watch]:
         catalog.read, catalog.poll, catalog.prepare, prepare_s=0.3, patience_s=0.5, every_s=0.05
     )
     await watch.start()
+    watch._settled_s = 0.0
     yield watch
     watch.stop()
 
@@ -97,6 +98,18 @@ async def test_a_snapshot_is_prepared_before_it_is_held(catalog: Catalog, watch:
     await until(lambda: (1, 2, {"two"}) in catalog.prepared)
     assert watch.snapshot.revision == 1
     await asyncio.wait_for(watch.reach(2), 5)
+
+
+async def test_soon_after_the_start_a_snapshot_is_held_before_it_is_prepared(
+    catalog: Catalog,
+) -> None:
+    watch = Watch(catalog.read, catalog.poll, catalog.prepare)
+    await watch.start()
+    catalog.prepare_s = 60.0
+    await catalog.write(snapshot(2, one=1, two=2))
+    await asyncio.wait_for(watch.reach(2), 1)
+    await until(lambda: (1, 2, {"two"}) in catalog.prepared)
+    watch.stop()
 
 
 async def test_a_preparation_that_hangs_is_not_waited_for_long(

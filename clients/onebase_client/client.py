@@ -11,14 +11,16 @@ from contextlib import ExitStack
 from os import PathLike
 from types import TracebackType
 from typing import Any, BinaryIO, Self
-from urllib.parse import quote, urlencode
 
 import httpx2
 
 from onebase_client.files import open_files
 from onebase_client.refusal import OnebaseError, json_object, refusal
+from onebase_client.routes import part, query, route
 
 _PAGE = 1000
+
+Texts = str | Mapping[str, str] | Sequence[str | Mapping[str, str]]
 
 
 class Client:
@@ -32,6 +34,11 @@ class Client:
         transport: What carries the requests in place of a network, such as
             `httpx2.MockTransport`.
         token: The server's `ONEBASE_ADMIN_TOKEN`, for calls that change something.
+        change_timeout_s: As `timeout_s`, for these calls: the server fetches, checks and loads a
+            version before it answers.
+
+    Raises:
+        ValueError: The token has other characters than ASCII, which no header can carry.
     """
 
     def __init__(
@@ -40,7 +47,11 @@ class Client:
         timeout_s: float = 30.0,
         transport: httpx2.BaseTransport | None = None,
         token: str | None = None,
+        change_timeout_s: float = 300.0,
     ) -> None:
+        if token is not None and not token.isascii():
+            raise ValueError("The token has characters that are not ASCII; none such can be sent.")
+        self._change_timeout_s = change_timeout_s
         headers = {} if token is None else {"authorization": f"Bearer {token}"}
         self._http = httpx2.Client(
             base_url=base_url, timeout=timeout_s, transport=transport, headers=headers
@@ -49,7 +60,7 @@ class Client:
     def predict(
         self,
         task: str,
-        texts: str | Mapping[str, str] | Sequence[str | Mapping[str, str]],
+        texts: Texts,
         *,
         return_scores: bool = False,
         threshold: float | None = None,
@@ -69,14 +80,29 @@ class Client:
             OnebaseError: The server refused, or answered with something else than JSON.
             httpx2.TransportError: No answer came.
         """
-        body: dict[str, Any] = {
-            "texts": [texts] if isinstance(texts, (str, Mapping)) else list(texts),
-            "return_scores": return_scores,
-        }
-        if threshold is not None:
-            body["threshold"] = threshold
-        headers = {} if routing_key is None else {"x-routing-key": routing_key}
-        return self._ask("POST", f"{_route(task)}/predict", json=body, headers=headers)
+        body, headers = _asked(texts, return_scores, threshold, routing_key)
+        return self._ask("POST", f"{route(task)}/predict", json=body, headers=headers)
+
+    def predict_many(
+        self,
+        tasks: str | Mapping[str, str] | Sequence[str],
+        texts: Texts,
+        *,
+        return_scores: bool = False,
+        threshold: float | None = None,
+        routing_key: str | None = None,
+    ) -> dict[str, Any]:
+        """Classifies the texts by many tasks at once; a task that fails fails alone.
+
+        `tasks` are their names, one string being one name, or `{"match": "guard-*"}` for all that
+        fit. Of the answer, `answers` has by task what `predict` returns, or an `error` with the
+        `status` that it alone would have had, and `failed` names those. The other arguments, and
+        the errors, are those of `predict`.
+        """
+        body, headers = _asked(texts, return_scores, threshold, routing_key)
+        if not isinstance(tasks, Mapping):
+            tasks = [tasks] if isinstance(tasks, str) else list(tasks)
+        return self._ask("POST", "/v1/predict", json={"tasks": tasks, **body}, headers=headers)
 
     def tasks(self) -> list[dict[str, Any]]:
         """Returns what the server says of each of its tasks, however many pages they fill.
@@ -88,7 +114,7 @@ class Client:
         answer = self._ask("GET", "/v1/tasks")
         tasks: list[dict[str, Any]] = answer["tasks"]
         while "next" in answer:
-            answer = self._ask("GET", f"/v1/tasks{_query(after=answer['next'])}")
+            answer = self._ask("GET", f"/v1/tasks{query(after=answer['next'])}")
             tasks += answer["tasks"]
         return tasks
 
@@ -100,7 +126,7 @@ class Client:
                 something else than JSON.
             httpx2.TransportError: No answer came.
         """
-        return self._ask("GET", _route(name))
+        return self._ask("GET", route(name))
 
     def upload(
         self,
@@ -130,7 +156,7 @@ class Client:
         with ExitStack() as opened:
             parts = [("files", part) for part in open_files(files, opened)]
             return self._change(
-                "PUT", f"{_route(task)}/versions{_query(activate=activate)}", if_match, files=parts
+                "PUT", f"{route(task)}/versions{query(activate=activate)}", if_match, files=parts
             )
 
     def add(
@@ -141,7 +167,7 @@ class Client:
         Arguments and errors are those of `upload`; 403 is also a source that it may not fetch.
         """
         body = {"source": source, "activate": activate}
-        return self._change("POST", f"{_route(task)}/versions", if_match, json=body)
+        return self._change("POST", f"{route(task)}/versions", if_match, json=body)
 
     def update(self, task: str, *, if_match: int | None = None, **patch: Any) -> dict[str, Any]:
         """Changes what a task does, of which what is not given stays.
@@ -155,11 +181,11 @@ class Client:
             OnebaseError: As `upload`.
             httpx2.TransportError: As `upload`.
         """
-        return self._change("PATCH", _route(task), if_match, json=patch)
+        return self._change("PATCH", route(task), if_match, json=patch)
 
     def rollback(self, task: str, *, if_match: int | None = None) -> dict[str, Any]:
         """Lets the version answer that was active before; errors are those of `upload`."""
-        return self._change("POST", f"{_route(task)}/rollback", if_match)
+        return self._change("POST", f"{route(task)}/rollback", if_match)
 
     def delete(
         self, task: str, version: str | None = None, *, if_match: int | None = None
@@ -168,8 +194,8 @@ class Client:
 
         A version that may still be asked for is refused with status 409.
         """
-        route = _route(task) if version is None else f"{_route(task)}/versions/{_part(version)}"
-        return self._change("DELETE", route, if_match)
+        path = route(task) if version is None else f"{route(task)}/versions/{part(version)}"
+        return self._change("DELETE", path, if_match)
 
     def history(self, task: str | None = None, *, limit: int = 100) -> list[dict[str, Any]]:
         """Returns the last changes of a task or of all: who, when, what; the newest first.
@@ -182,8 +208,8 @@ class Client:
         before: int | None = None
         while len(changes) < limit:
             page = min(limit - len(changes), _PAGE)
-            query = _query(task=task, before=before, limit=page)
-            answer = self._ask("GET", f"/v1/history{query}")
+            asked = query(task=task, before=before, limit=page)
+            answer = self._ask("GET", f"/v1/history{asked}")
             changes += answer["changes"]
             before = answer.get("next")
             if before is None:
@@ -197,10 +223,10 @@ class Client:
             OnebaseError: The server refused, or answered with something else than JSON.
             httpx2.TransportError: No answer came.
         """
-        answer = self._ask("GET", f"/v1/residency{_query(limit=_PAGE)}")
+        answer = self._ask("GET", f"/v1/residency{query(limit=_PAGE)}")
         versions = answer["versions"]
         while "next" in answer:
-            answer = self._ask("GET", f"/v1/residency{_query(limit=_PAGE, after=answer['next'])}")
+            answer = self._ask("GET", f"/v1/residency{query(limit=_PAGE, after=answer['next'])}")
             versions += answer["versions"]
         return {"replicas": answer["replicas"], "versions": versions}
 
@@ -220,14 +246,15 @@ class Client:
         self.close()
 
     def _change(
-        self, method: str, route: str, if_match: int | None, **content: Any
+        self, method: str, path: str, if_match: int | None, **content: Any
     ) -> dict[str, Any]:
         headers = {} if if_match is None else {"if-match": f'"{if_match}"'}
-        return self._ask(method, route, headers=headers, **content)
+        timeout_s = self._change_timeout_s
+        return self._ask(method, path, headers=headers, timeout=timeout_s, **content)
 
-    def _ask(self, method: str, route: str, **content: Any) -> dict[str, Any]:
+    def _ask(self, method: str, path: str, **content: Any) -> dict[str, Any]:
         """Returns the JSON object that the server answers with, or raises its refusal."""
-        response = self._http.request(method, route, **content)
+        response = self._http.request(method, path, **content)
         answer = json_object(response)
         if not response.is_success:
             raise refusal(response, answer or {})
@@ -238,25 +265,14 @@ class Client:
         return answer
 
 
-def _route(task: str) -> str:
-    """Returns the route of a task, whatever characters its name has."""
-    if not task:
-        raise ValueError("A task's name cannot be empty.")
-    return f"/v1/tasks/{_part(task)}"
-
-
-def _part(name: str) -> str:
-    """Returns a name as one part of a path; of dots alone it would be none, and cannot be sent."""
-    if not name.strip("."):
-        raise ValueError(f"{name!r} names nothing.")
-    return quote(name, safe="@")
-
-
-def _query(**given: str | int | None) -> str:
-    """Returns the query of what is not None."""
-    said = {
-        name: str(value).lower() if isinstance(value, bool) else value
-        for name, value in given.items()
-        if value is not None
+def _asked(
+    texts: Texts, return_scores: bool, threshold: float | None, routing_key: str | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Returns the body and headers that say what is asked for."""
+    body: dict[str, Any] = {
+        "texts": [texts] if isinstance(texts, (str, Mapping)) else list(texts),
+        "return_scores": return_scores,
     }
-    return f"?{urlencode(said, quote_via=quote)}" if said else ""
+    if threshold is not None:
+        body["threshold"] = threshold
+    return body, {} if routing_key is None else {"x-routing-key": routing_key}

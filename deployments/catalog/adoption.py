@@ -5,22 +5,34 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
-from collections import defaultdict
 from collections.abc import Callable
 from datetime import UTC, datetime
+from typing import NamedTuple
 
-from adapters.errors import AdapterError, TaskNotFound
-from adapters.store import GOLDEN, Look, Store, limit_bytes
+from adapters.errors import AdapterChanged, AdapterRefused, TaskNotFound
+from adapters.store import Look, Store
 from deployments.catalog import state
 from deployments.catalog.effects import Effects
 from deployments.catalog.ledger import Ledger
 from deployments.catalog.readiness import make_ready
-from deployments.errors import RequestError
+from deployments.errors import BadInput
 from deployments.snapshot import Snapshot, TaskRecord
 
 logger = logging.getLogger("ray.serve")
 
 _BY = "folder"
+
+
+class Found(NamedTuple):
+    """What a plain folder holds.
+
+    Attributes:
+        version: The version.
+        taken_in: Makes a snapshot in which the task has it.
+    """
+
+    version: str
+    taken_in: Callable[[Snapshot], Snapshot]
 
 
 class Adoption:
@@ -35,14 +47,13 @@ class Adoption:
     def __init__(self, ledger: Ledger, store: Store, effects: Effects) -> None:
         """Take what it works with."""
         self._ledger, self._store, self._effects = ledger, store, effects
-        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._looks: dict[str, Look] = {}  # of plain folders, as last taken in or refused
         self._unsettled: dict[str, Look] = {}
         self._folders: dict[str, int] = {}
         self._said: set[str] = set()
 
-    async def adopt(self, task: str, by: str) -> TaskRecord:
-        """Make a record of a task that is a plain folder; return the one that it has.
+    async def find(self, task: str, by: str) -> Found:
+        """Validate a plain folder of a task that has no record.
 
         Raises:
             TaskNotFound: There is no such folder.
@@ -50,119 +61,128 @@ class Adoption:
             AdapterIncomplete: It is still being copied.
             NotReady: No model replica is running.
         """
-        async with self._turns[task]:
-            record = self._ledger.snapshot.tasks.get(task)
-            if record is None:
-                await asyncio.to_thread(self._store.look, task)
-                version = await self._copy(task)
-                record = await self._commit(task, _taking_in(task, version, by), by, version)
-            return record
+        await asyncio.to_thread(self._store.look, task)
+        version = (await self._effects.check(task, None, {}))["version"]
+        now_s = datetime.now(UTC).timestamp()
+        return Found(version, lambda s: state.adopt(s, task, version, by, now_s, if_match=0))
+
+    async def copy(self, task: str, version: str) -> None:
+        """Make a version folder of a plain folder's files.
+
+        Raises:
+            AdapterChanged: It holds another version by now.
+        """
+        files = await asyncio.to_thread(self._store.read, task)
+        if files.version != version:
+            raise AdapterChanged(task, version, files.version)
+        named = {name: io.BytesIO(content) for name, content in files.contents.items()}
+        staging = await asyncio.to_thread(self._store.stage, named)
+        try:
+            await asyncio.to_thread(self._store.publish, staging, task, version)
+        finally:
+            await asyncio.to_thread(self._store.discard, staging)
 
     async def scan(self) -> None:
         """Take in what was put into the store, or changed there, since the last scan."""
         folders = await asyncio.to_thread(self._store.folders)
         new = [task for task, mark in folders.items() if self._folders.get(task) != mark]
+        unfinished = await asyncio.to_thread(self._store.unfinished) if new else []
+        ours = {(task, version) for _, task, version in unfinished}
         for task in new:
-            if await self._take_versions(task):
-                self._folders[task] = folders[task]
+            try:
+                if await self._take_versions(task, ours):
+                    self._folders[task] = folders[task]
+            except Exception as error:  # of this task alone, and perhaps not at the next scan
+                self._say_once(f"adapter={task} is not taken in: {error}")
         for task, record in self._ledger.snapshot.tasks.items():
             if not record.deleted and task in folders:
-                await self._follow_folder(task, record)
+                try:
+                    await self._follow_folder(task, record)
+                except TaskNotFound:  # it has versions only
+                    self._looks.pop(task, None)
+                except Exception as error:
+                    self._say_once(f"adapter={task} its changed folder is not taken in: {error}")
 
     async def _follow_folder(self, task: str, record: TaskRecord) -> None:
         """Take in a managed task's plain folder if it holds something else than before."""
-        try:
-            look = await asyncio.to_thread(self._store.look, task)
-            if look == self._looks.get(task):
-                return
-            if look != self._unsettled.get(task):
-                self._unsettled[task] = look  # it may still be changing: at the next scan
-                return
-            self._looks[task] = self._unsettled.pop(task)
-            found = (await asyncio.to_thread(self._store.read, task)).version
-            if found in (record.folder, *record.doomed):
-                return
-            async with self._turns[task]:
-                version = await self._copy(task)
-                transition = _taking_in(task, version, _BY)
-                draft = transition(self._ledger.snapshot).tasks[task]
-                await make_ready(self._effects, task, record, draft)
-                await self._commit(task, transition, _BY, version)
-            logger.info("adapter=%s@%s taken in from its folder", task, version)
-        except TaskNotFound:
-            self._looks.pop(task, None)
-        except (AdapterError, RequestError) as error:
-            logger.warning("adapter=%s its changed folder is not taken in: %s", task, error)
+        look = await asyncio.to_thread(self._store.look, task)
+        if look == self._looks.get(task):
+            return
+        if look != self._unsettled.get(task):
+            self._unsettled[task] = look  # it may still be changing: at the next scan
+            return
+        found = (await asyncio.to_thread(self._store.read, task)).version
+        if found not in (record.folder, *record.doomed):
+            try:
+                await self._take_in(task, record, found)
+            except (AdapterRefused, BadInput) as error:  # and not again until it changes
+                logger.warning("adapter=%s its changed folder is refused: %s", task, error)
+        self._looks[task] = self._unsettled.pop(task)
 
-    async def _take_versions(self, task: str) -> bool:
-        """Add version folders that no publication has made; tell whether all were looked at."""
+    async def _take_in(self, task: str, record: TaskRecord, version: str) -> None:
+        """Make a version of a managed task's changed folder, unless the task changes meanwhile."""
+        now_s, seen = datetime.now(UTC).timestamp(), record.revision
+
+        def taken_in(snapshot: Snapshot) -> Snapshot:
+            return state.adopt(snapshot, task, version, _BY, now_s, if_match=seen)
+
+        async with self._ledger.turns[task]:
+            await self._effects.check(task, None, record.rules)
+            await self.copy(task, version)
+            draft = taken_in(self._ledger.snapshot).tasks[task]
+            await make_ready(self._effects, task, record, draft)
+            await self._ledger.commit(taken_in, by=_BY, task=task, what={"folder": version})
+        logger.info("adapter=%s@%s taken in from its folder", task, version)
+
+    async def _take_versions(self, task: str, ours: set[tuple[str | None, str | None]]) -> bool:
+        """Add version folders that no publication has made; tell whether all were taken."""
         record = self._ledger.snapshot.tasks.get(task)
         if record is not None and record.deleted:
             return False
         found = await asyncio.to_thread(self._store.versions, task)
         known = () if record is None else (*record.versions, *record.doomed)
-        ours = {(t, v) for _, t, v in await asyncio.to_thread(self._store.unfinished)}
         missing = [v for v in found if v not in known and (task, v) not in ours]
         if missing and record is None:
-            try:
-                await self.adopt(task, _BY)
-            except TaskNotFound:
-                missing.reverse()  # the latest first: the first of a task becomes active
-            except (AdapterError, RequestError) as error:
-                self._say_once(f"adapter={task} its folder is not taken in: {error}")
-                return False
+            missing = await self._take_plain(task, missing)
         all_taken = True
         for version in missing:
             try:
-                await self._effects.describe(task, version, {})
-            except (AdapterError, RequestError) as error:  # still being copied, or no model yet
+                await self._add(task, version)
+            except Exception as error:  # it is still being copied, or there is no model yet
                 self._say_once(f"adapter={task}@{version} is not taken in: {error}")
                 all_taken = False
-                continue
-            add = _adding(task, version)
-            await self._ledger.commit(add, by=_BY, task=task, what={"found": version})
-            logger.info("adapter=%s@%s taken in from the store", task, version)
         return all_taken
+
+    async def _take_plain(self, task: str, missing: list[str]) -> list[str]:
+        """Take in the plain folder beside a task's first versions; return the order of those."""
+        try:
+            found = await self.find(task, _BY)
+        except TaskNotFound:
+            return missing[::-1]  # the latest first: the first of a task becomes active
+        async with self._ledger.turns[task]:
+            await self.copy(task, found.version)
+            what = {"folder": found.version}
+            await self._ledger.commit(found.taken_in, by=_BY, task=task, what=what)
+        return [version for version in missing if version != found.version]
+
+    async def _add(self, task: str, version: str) -> None:
+        now_s = datetime.now(UTC).timestamp()
+
+        def added(snapshot: Snapshot) -> Snapshot:
+            return state.add_version(
+                snapshot, task, version, "folder", _BY, now_s, activate=False, if_match=None
+            )
+
+        async with self._ledger.turns[task]:
+            await self._effects.describe(task, version, {})
+            snapshot = self._ledger.snapshot
+            draft = added(snapshot).tasks[task]
+            await make_ready(self._effects, task, snapshot.tasks.get(task), draft)
+            await self._ledger.commit(added, by=_BY, task=task, what={"found": version})
+        logger.info("adapter=%s@%s taken in from the store", task, version)
 
     def _say_once(self, sentence: str) -> None:
         """Log what every scan finds again."""
         if sentence not in self._said:
             self._said.add(sentence)
             logger.warning("%s", sentence)
-
-    async def _copy(self, task: str) -> str:
-        """Validate a plain folder, and make a version folder of its files; return its version."""
-        facts = await self._effects.check(task, None, {})
-        files = await asyncio.to_thread(self._store.read, task)
-        golden = await asyncio.to_thread(
-            self._store.read_file, task, None, GOLDEN, limit_bytes(GOLDEN)
-        )
-        contents = dict(files.contents) | ({} if golden is None else {GOLDEN: golden})
-        named = {name: io.BytesIO(content) for name, content in contents.items()}
-        staging = await asyncio.to_thread(self._store.stage, named)
-        try:
-            if files.version != facts["version"]:
-                files = await asyncio.to_thread(self._store.read_staged, staging, task)
-                await self._effects.check(task, staging, {})
-            await asyncio.to_thread(self._store.publish, staging, task, files.version)
-        finally:
-            await asyncio.to_thread(self._store.discard, staging)
-        return files.version
-
-    async def _commit(
-        self, task: str, transition: Callable[[Snapshot], Snapshot], by: str, version: str
-    ) -> TaskRecord:
-        written = await self._ledger.commit(transition, by=by, task=task, what={"folder": version})
-        return written.tasks[task]
-
-
-def _taking_in(task: str, version: str, by: str) -> Callable[[Snapshot], Snapshot]:
-    now_s = datetime.now(UTC).timestamp()
-    return lambda snapshot: state.adopt(snapshot, task, version, by, now_s)
-
-
-def _adding(task: str, version: str) -> Callable[[Snapshot], Snapshot]:
-    now_s = datetime.now(UTC).timestamp()
-    return lambda snapshot: state.add_version(
-        snapshot, task, version, "folder", _BY, now_s, activate=False, if_match=None
-    )

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from adapters.errors import AdapterError, TaskNotFound
+from adapters.errors import AdapterError, AdapterRefused, TaskNotFound
 from adapters.store import Store
 from deployments.catalog import state
-from deployments.catalog.adoption import Adoption
+from deployments.catalog.adoption import Adoption, Found
 from deployments.catalog.effects import Effects
 from deployments.catalog.ledger import Ledger
+from deployments.catalog.publication import publish_staged
 from deployments.catalog.readiness import checked, make_ready
-from deployments.errors import NotReady, Stale
+from deployments.errors import NotReady, RequestError, Stale, Unsure
 from deployments.snapshot import Snapshot, TaskPatch, TaskRecord
 
 logger = logging.getLogger("ray.serve")
 
 Transition = Callable[[Snapshot], Snapshot]
-# A change that nobody guards with If-Match is drafted anew when another one came between.
+Guarded = Callable[[int | None], Transition]
+"""Makes a transition that holds only at a revision of its task, with None at any."""
+
+# Another cluster on the same store may change the task between a draft and its write.
 _TRIES = 8
 
 
@@ -29,7 +33,8 @@ class Changes:
     """What an administrator may do to tasks and versions. Owned by one event loop.
 
     Each change is drafted on the newest snapshot; what newly answers is validated, warmed and
-    tried; then it is written, unless the task has changed since the draft.
+    tried; then it is written, unless the task has changed since the draft. A change that is refused
+    leaves nothing.
     """
 
     def __init__(self, ledger: Ledger, store: Store, effects: Effects, adoption: Adoption) -> None:
@@ -51,39 +56,46 @@ class Changes:
 
         Raises:
             BadInput: The files cannot be served; with all problems.
+            Conflict: The version is there, with other rules.
             Stale: The task is not as `if_match` says.
             NotReady: No model replica can check them.
+            Unsure: The store did not answer; the staging stays, for whoever clears up later.
         """
         try:
-            facts = await checked(self._effects.check(task, staging, {}))
-            version = facts["version"]
-            await self._adopt_folder(task, by)
-
-            published = False
-
-            async def prepare(record: TaskRecord | None) -> Transition:
-                nonlocal published
-                if record is not None and (record.deleted or version in record.doomed):
-                    raise NotReady(f"{task}@{version} is being deleted; try again in a second")
-                if not published and (record is None or version not in record.versions):
-                    await asyncio.to_thread(self._store.publish, staging, task, version)
-                    published = True  # what was staged has moved; a second draft finds it there
-                now_s = datetime.now(UTC).timestamp()
-                seen = 0 if record is None else record.revision
-                return lambda snapshot: state.add_version(
-                    snapshot, task, version, source, by, now_s, activate=activate, if_match=seen
-                )
-
-            known = self._ledger.snapshot.tasks.get(task)
-            created = known is None or version not in known.versions
-            what = {"publish": version, "source": source, "activate": activate}
-            try:
-                record = await self._change(task, prepare, by=by, what=what, if_match=if_match)
-            except BaseException:
-                await self._withdraw(task, version)
-                raise
-        finally:
+            told = await self._publish(task, staging, source, by, activate, if_match)
+        except Unsure:
+            raise
+        except BaseException:
             await asyncio.to_thread(self._store.discard, staging)
+            raise
+        await asyncio.to_thread(self._store.discard, staging)
+        return told
+
+    async def _publish(
+        self, task: str, staging: str, source: str, by: str, activate: bool, if_match: int | None
+    ) -> dict[str, Any]:
+        facts = await checked(self._effects.check(task, staging, {}))
+        version, now_s = facts["version"], datetime.now(UTC).timestamp()
+        made: list[str] = []
+
+        def added(seen: int | None) -> Transition:
+            return lambda snapshot: state.add_version(
+                snapshot, task, version, source, by, now_s, activate=activate, if_match=seen
+            )
+
+        async def place(record: TaskRecord | None) -> None:
+            if record is not None and (record.deleted or version in record.doomed):
+                raise NotReady(f"{task}@{version} is being deleted; try again in a few seconds")
+            known = record is not None and version in record.versions
+            if version not in made:  # else it has moved, and a second draft finds it there
+                await asyncio.to_thread(publish_staged, self._store, staging, task, version, known)
+                made.extend([] if known else [version])
+
+        what = {"publish": version, "source": source, "activate": activate}
+        record = await self._change(
+            task, added, by=by, what=what, if_match=if_match, made=made, place=place
+        )
+        created = version in made
         return {**await self._told(task, record), "version": version, "created": created}
 
     async def patch(
@@ -96,31 +108,27 @@ class Changes:
             BadInput: The patch, or a version that would answer, is wrong; with all problems.
             Stale: The task is not as `if_match` says.
         """
-        if_match = await self._managed(task, by, if_match)
-
-        async def prepare(record: TaskRecord | None) -> Transition:
-            seen = _revision(task, record)
-            return lambda snapshot: state.patch(snapshot, task, patch, seen)
-
         what = patch.model_dump(mode="json", exclude_unset=True)
-        return await self._told(
-            task, await self._change(task, prepare, by=by, what=what, if_match=if_match)
+        record = await self._change(
+            task,
+            lambda seen: lambda snapshot: state.patch(snapshot, task, patch, seen),
+            by=by,
+            what=what,
+            if_match=if_match,
         )
+        return await self._told(task, record)
 
     async def rollback(self, task: str, *, by: str, if_match: int | None) -> dict[str, Any]:
         """Let the version answer that was active before; its golden answers are not asked for."""
-        if_match = await self._managed(task, by, if_match)
-
-        async def prepare(record: TaskRecord | None) -> Transition:
-            seen = _revision(task, record)
-            return lambda snapshot: state.rollback(snapshot, task, seen)
-
-        return await self._told(
+        record = await self._change(
             task,
-            await self._change(
-                task, prepare, by=by, what={"rollback": True}, if_match=if_match, golden=False
-            ),
+            lambda seen: lambda snapshot: state.rollback(snapshot, task, seen),
+            by=by,
+            what={"rollback": True},
+            if_match=if_match,
+            golden=False,
         )
+        return await self._told(task, record)
 
     async def delete(
         self, task: str, version: str | None, *, by: str, if_match: int | None
@@ -134,84 +142,129 @@ class Changes:
         """
         if version is None:
             return await self._delete_task(task, by, if_match)
-        if_match = await self._managed(task, by, if_match)
-
-        async def prepare(record: TaskRecord | None) -> Transition:
-            seen = _revision(task, record)
-            return lambda snapshot: state.delete_version(snapshot, task, version, seen)
-
-        what = {"delete": version}
-        return await self._told(
-            task, await self._change(task, prepare, by=by, what=what, if_match=if_match)
+        record = await self._change(
+            task,
+            lambda seen: lambda snapshot: state.delete_version(snapshot, task, version, seen),
+            by=by,
+            what={"delete": version},
+            if_match=if_match,
         )
+        return await self._told(task, record)
 
     async def _delete_task(self, task: str, by: str, if_match: int | None) -> dict[str, Any]:
-        record = self._ledger.snapshot.tasks.get(task)
-        if record is None:
-            await asyncio.to_thread(self._store.look, task)  # TaskNotFound if there is none
-        snapshot = await self._ledger.commit(
-            lambda snapshot: state.delete_task(snapshot, task, if_match),
-            by=by,
-            task=task,
-            what={"delete": "task"},
-        )
-        return await self._told(task, snapshot.tasks[task])
+        async with self._ledger.turns[task]:
+            try:
+                await asyncio.to_thread(self._store.look, task)
+                has_folder = True
+            except TaskNotFound:
+                has_folder = False
+            except AdapterError:  # one that cannot be read can be deleted
+                has_folder = True
+            if not has_folder and task not in self._ledger.snapshot.tasks:
+                raise TaskNotFound(task)
+            await self._ledger.commit(
+                lambda s: state.delete_task(s, task, if_match, has_folder=has_folder),
+                by=by,
+                task=task,
+                what={"delete": "task"},
+            )
+            record = self._ledger.snapshot.tasks[task]
+            if has_folder:
+                # At once, since what is dropped there from now on is a new task.
+                await asyncio.to_thread(self._store.remove, task, None)
+                emptied = await self._ledger.commit(
+                    lambda s: state.folder_removed(s, task), by=by, task=task, what={"purged": "…"}
+                )
+                record = emptied.tasks.get(task, record)
+        return await self._told(task, record)
 
     async def _change(
         self,
         task: str,
-        prepare: Callable[[TaskRecord | None], Any],
+        own: Guarded,
         *,
         by: str,
         what: dict[str, Any],
         if_match: int | None,
         golden: bool = True,
+        made: list[str] | None = None,
+        place: Callable[[TaskRecord | None], Awaitable[None]] | None = None,
     ) -> TaskRecord:
-        """Draft, make ready and write a change until none came between."""
-        for attempt in range(_TRIES):
-            snapshot = self._ledger.snapshot
-            record = snapshot.tasks.get(task)
-            etag = 0 if record is None else record.revision
-            if if_match is not None and if_match != etag:
-                raise Stale(f"task {task!r} is at etag {etag}, not {if_match}; read it again")
-            transition: Transition = await prepare(record)
-            draft = transition(snapshot).tasks[task]
-            await make_ready(self._effects, task, record, draft, golden=golden)
+        """Draft, make ready and write a change; of one that is refused nothing stays.
+
+        Args:
+            task: The task.
+            own: The change itself.
+            by: Who wants it.
+            what: What is changed, for the history.
+            if_match: The etag that the task must have.
+            golden: Whether golden answers are asked for.
+            made: Versions whose folders this change has made.
+            place: Awaited with the record before each draft; with one a task need not exist.
+        """
+        made = [] if made is None else made
+        async with self._ledger.turns[task]:
             try:
-                written = await self._ledger.commit(transition, by=by, task=task, what=what)
-                return written.tasks[task]
-            except Stale:
-                if if_match is not None or attempt == _TRIES - 1:
-                    raise
-        raise AssertionError("the last attempt returns or raises")
+                for _ in range(_TRIES):
+                    record = self._ledger.snapshot.tasks.get(task)
+                    _match(task, record, if_match)
+                    found = await self._found(task, by, place is None) if record is None else None
+                    if place is not None:
+                        await place(record)
+                    transition = _whole(own, record, found)
+                    await self._ready(task, record, found, transition, golden)
+                    if found is not None and found.version not in made:
+                        await self._adoption.copy(task, found.version)
+                        made.append(found.version)
+                    try:
+                        written = await self._ledger.commit(transition, by=by, task=task, what=what)
+                        return written.tasks[task]
+                    except Stale:
+                        if if_match is not None:
+                            raise
+                raise NotReady(f"task {task!r} changes all the time; try again in a second")
+            except Unsure:
+                raise
+            except (RequestError, AdapterError):
+                await self._withdraw(task, made)
+                raise
 
-    async def _managed(self, task: str, by: str, if_match: int | None) -> int | None:
-        """Make sure that a task is in the catalog; return the etag that the change needs."""
-        record = self._ledger.snapshot.tasks.get(task)
-        if record is not None:
-            return if_match
-        if if_match not in (None, 0):
-            raise Stale(f"task {task!r} is at etag 0, not {if_match}; read it again")
-        record = await checked(self._adoption.adopt(task, by))
-        return None if if_match is None else record.revision
-
-    async def _adopt_folder(self, task: str, by: str) -> None:
-        """Take in a plain folder that answers, so that an upload beside it does not replace it."""
-        if task in self._ledger.snapshot.tasks:
-            return
+    async def _found(self, task: str, by: str, must: bool) -> Found | None:
+        """Look at the plain folder of a task without a record; there need not be one to publish."""
         try:
-            await self._adoption.adopt(task, by)
+            return await self._adoption.find(task, by)
         except TaskNotFound:
-            return
-        except AdapterError as error:
+            if must:
+                raise
+        except AdapterRefused as error:
+            if must:
+                return await checked(_refused(error))
             logger.warning("adapter=%s its folder is not taken in: %s", task, error)
+        return None
 
-    async def _withdraw(self, task: str, version: str) -> None:
-        """Leave nothing of a publication that was not written."""
+    async def _ready(
+        self,
+        task: str,
+        record: TaskRecord | None,
+        found: Found | None,
+        transition: Transition,
+        golden: bool,
+    ) -> None:
+        snapshot = self._ledger.snapshot
+        known = record if found is None else found.taken_in(snapshot).tasks[task]
+        draft = transition(snapshot).tasks[task]
+        await make_ready(self._effects, task, known, draft, golden=golden)
+
+    async def _withdraw(self, task: str, made: list[str]) -> None:
+        """Leave no folder of a change that was not written."""
+        if not made:
+            return
         snapshot = await self._ledger.refresh()
         record = snapshot.tasks.get(task)
-        if record is None or version not in (*record.versions, *record.doomed):
-            await asyncio.to_thread(self._store.remove, task, version)
+        for version in made:
+            if record is None or version not in (*record.versions, *record.doomed):
+                await asyncio.to_thread(self._store.remove, task, version)
+                await self._effects.forget(task, version)
 
     async def _told(self, task: str, record: TaskRecord) -> dict[str, Any]:
         """Wait until everybody knows, and say who does not."""
@@ -224,7 +277,18 @@ class Changes:
         }
 
 
-def _revision(task: str, record: TaskRecord | None) -> int:
-    if record is None:
-        raise TaskNotFound(task)
-    return record.revision
+def _whole(own: Guarded, record: TaskRecord | None, found: Found | None) -> Transition:
+    """Take a plain folder in and change it, as one; else hold the change to what was drafted."""
+    if found is not None:
+        return lambda snapshot: own(None)(found.taken_in(snapshot))
+    return own(0 if record is None else record.revision)
+
+
+def _match(task: str, record: TaskRecord | None, if_match: int | None) -> None:
+    etag = 0 if record is None else record.revision
+    if if_match is not None and if_match != etag:
+        raise Stale(f"task {task!r} is at etag {etag}, not {if_match}; read it again")
+
+
+async def _refused(error: AdapterRefused) -> Found:
+    raise error

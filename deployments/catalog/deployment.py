@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
 from adapters.documents import open_documents
+from adapters.errors import TASK_NAME, TaskNotFound
 from adapters.store import local_folder
 from deployments.catalog.adoption import Adoption
 from deployments.catalog.changes import Changes
@@ -34,6 +36,7 @@ class Catalog:
         store = args.open_store()
         writer = Writer(open_documents(args.adapter_store))
         await asyncio.to_thread(writer.refresh)
+        self._running: set[asyncio.Future[dict[str, Any]]] = set()
         self._usage = UsageSums()
         self._ledger = Ledger(writer, self._usage)
         self._others = Others(model)
@@ -44,6 +47,7 @@ class Catalog:
             self._ledger,
             self._usage,
             store,
+            self._others,
             adoption,
             scan_every_s=1.0 if on_disk else _LIST_EVERY_S,
         )
@@ -64,26 +68,27 @@ class Catalog:
         if_match: int | None,
     ) -> dict[str, Any]:
         """Make a version of what an ingress has staged; see `catalog.changes.Changes`."""
-        return await self._changes.publish(
+        change = self._changes.publish(
             task, staging, source=source, by=by, activate=activate, if_match=if_match
         )
+        return await self._to_its_end(change)
 
     async def patch(
         self, task: str, patch: dict[str, Any], *, by: str, if_match: int | None
     ) -> dict[str, Any]:
         """Change what a task does; `patch` is a `deployments.snapshot.TaskPatch` as plain data."""
         changed = TaskPatch.model_validate(patch)
-        return await self._changes.patch(task, changed, by=by, if_match=if_match)
+        return await self._to_its_end(self._changes.patch(task, changed, by=by, if_match=if_match))
 
     async def rollback(self, task: str, *, by: str, if_match: int | None) -> dict[str, Any]:
         """Let the version answer that was active before."""
-        return await self._changes.rollback(task, by=by, if_match=if_match)
+        return await self._to_its_end(self._changes.rollback(task, by=by, if_match=if_match))
 
     async def delete(
         self, task: str, version: str | None, *, by: str, if_match: int | None
     ) -> dict[str, Any]:
         """Delete a version, or with None the task."""
-        return await self._changes.delete(task, version, by=by, if_match=if_match)
+        return await self._to_its_end(self._changes.delete(task, version, by=by, if_match=if_match))
 
     async def revision(self, revision: int) -> dict[str, Any]:
         """Tell whether every live ingress holds a revision."""
@@ -96,8 +101,10 @@ class Catalog:
 
     async def history(
         self, task: str | None, before: int | None, limit: int
-    ) -> list[dict[str, Any]]:
-        """Return changes, the latest first: who, when, what."""
+    ) -> tuple[list[dict[str, Any]], bool]:
+        """Return changes, the latest first: who, when, what; and whether there are earlier ones."""
+        if task is not None and not TASK_NAME.fullmatch(task):
+            raise TaskNotFound(task)
         return await self._ledger.history(task=task, before=before, limit=limit)
 
     async def report(self, watcher: str, counted: list[dict[str, Any]]) -> None:
@@ -107,6 +114,13 @@ class Catalog:
     async def usage(self, tasks: list[str]) -> dict[str, Any]:
         """Return what was counted of some tasks, by version."""
         return {task: self._usage.of(task) for task in tasks}
+
+    async def _to_its_end(self, change: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+        """Make a change whole, also when the caller goes away, whose calls Serve cancels."""
+        running = asyncio.ensure_future(change)
+        self._running.add(running)
+        running.add_done_callback(self._running.discard)
+        return await asyncio.shield(running)
 
     async def check_health(self) -> None:
         """Raise if nothing is looked after any more, so that Serve replaces this replica."""

@@ -24,6 +24,9 @@ class Effects(Protocol):
     async def warm(self, task: str, version: str) -> None:
         """Bring a version into a slot of every model replica; raises as `check`."""
 
+    async def forget(self, task: str, version: str) -> None:
+        """Have every model replica let go of a version that is none; raises nothing."""
+
     async def golden(self, task: str, version: str, rules: dict[str, Any]) -> list[str]:
         """Run a version's golden.jsonl; return a sentence a miss."""
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -18,6 +19,7 @@ from deployments.rows import Facts
 _REACH_S = 5.0
 # How long a model replica may take to load a version.
 _MODEL_S = 60.0
+_SILENT = "an ingress that does not answer"
 
 
 class Others:
@@ -41,9 +43,20 @@ class Others:
 
     async def warm(self, task: str, version: str) -> None:
         """Bring a version into a slot of every model replica."""
-        for answer in await self._everywhere(self._model, "warm", _MODEL_S, task, version):
+        try:
+            answers = await self._everywhere(self._model, "warm", _MODEL_S, task, version)
+        except TimeoutError:
+            raise NotReady(
+                f"{task}@{version} was not in all slots within {_MODEL_S:.0f} s"
+            ) from None
+        for answer in answers:
             if isinstance(answer, BaseException) and not _is_lost(answer):
                 raise _plain(answer)
+
+    async def forget(self, task: str, version: str) -> None:
+        """Have every model replica let go of a version that is none."""
+        with contextlib.suppress(Exception):  # it goes when others need its place
+            await self._everywhere(self._model, "forget", _REACH_S, task, version)
 
     async def golden(self, task: str, version: str, rules: dict[str, Any]) -> list[str]:
         """Have an ingress run a version's golden answers."""
@@ -56,11 +69,10 @@ class Others:
         """Wait until every ingress that Serve counts as running holds a revision."""
         try:
             told = await self._everywhere(self._ingress, "reach", wait_s + 1.0, revision, wait_s)
-        except NotReady:
-            return []  # no ingress runs: nobody can be answered by an old one
-        except TimeoutError:
-            return ["an ingress that does not answer"]
-        return [name for name in told if isinstance(name, str)]
+        except (NotReady, TimeoutError):
+            return [_SILENT]
+        late = [answer for answer in told if answer is not None and not _is_dead(answer)]
+        return [answer if isinstance(answer, str) else _SILENT for answer in late]
 
     @property
     def _ingress(self) -> DeploymentHandle[Any]:
@@ -106,3 +118,8 @@ def _plain(error: BaseException) -> BaseException:
 
 def _is_lost(answer: BaseException) -> bool:
     return isinstance(answer, RayActorError)
+
+
+def _is_dead(answer: object) -> bool:
+    """Tell whether a replica has ended, and not only cannot be reached."""
+    return isinstance(answer, ActorDiedError)

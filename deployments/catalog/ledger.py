@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
+
+import orjson
 
 from deployments.catalog.feed import Feed
 from deployments.catalog.usage import UsageSums
 from deployments.catalog.writer import Writer
+from deployments.errors import NotReady, Unsure
 from deployments.snapshot import Snapshot
+
+_MOST_READERS = 4
+# Messages between replicas are capped at 4 MB in throughput mode.
+_MOST_BYTES = 2**20
 
 
 class Ledger:
@@ -20,8 +30,13 @@ class Ledger:
         """Take a writer that has read the store."""
         self._writer = writer
         self._usage = usage
+        self._told = writer.snapshot
         self._turn = asyncio.Lock()
+        self._reading = ThreadPoolExecutor(1, "history")
+        self._num_readers = 0
         self.feed = Feed(writer.snapshot)
+        # Of a task: changes to it are drafted, made ready and written one after the other.
+        self.turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     @property
     def snapshot(self) -> Snapshot:
@@ -36,33 +51,68 @@ class Ledger:
         task: str,
         what: dict[str, Any],
     ) -> Snapshot:
-        """Write a change; it is durable when this returns. Raises what the transition does."""
-        async with self._turn:
-            before = self._writer.snapshot
-            after = await asyncio.to_thread(
-                self._writer.commit, transition, by=by, task=task, what=what, now=datetime.now(UTC)
-            )
-            await self._tell(before, after)
-        return after
+        """Write a change; it is durable when this returns.
+
+        A caller that goes away ends nothing: what is written must be told too.
+
+        Raises:
+            Unsure: The store did not answer, so the change may have been made.
+            Exception: What the transition raises.
+        """
+        write = functools.partial(
+            self._writer.commit, transition, by=by, task=task, what=what, now=datetime.now(UTC)
+        )
+        return await asyncio.shield(asyncio.ensure_future(self._one(write)))
 
     async def refresh(self) -> Snapshot:
-        """Read what another cluster on the same store has written."""
-        async with self._turn:
-            before = self._writer.snapshot
-            after = await asyncio.to_thread(self._writer.refresh)
-            await self._tell(before, after)
-        return after
+        """Read what another cluster on the same store has written.
+
+        Raises:
+            Unsure: The store did not answer.
+        """
+        return await asyncio.shield(asyncio.ensure_future(self._one(self._writer.refresh)))
 
     async def history(
         self, *, task: str | None, before: int | None, limit: int
-    ) -> list[dict[str, Any]]:
-        """Return changes, the latest first; see `deployments.journal.Journal.history`."""
-        changes = await asyncio.to_thread(
-            self._writer.journal.history, task=task, before=before, limit=limit
-        )
-        return [change.model_dump() for change in changes]
+    ) -> tuple[list[dict[str, Any]], bool]:
+        """Return changes, the latest first, and whether there are earlier ones.
 
-    async def _tell(self, before: Snapshot, after: Snapshot) -> None:
-        if after is not before:
-            self._usage.changed(before, after)
-            await self.feed.publish(after)
+        At most a mebibyte of them, by a thread of their own: a file is read for each, and changes
+        that are made meanwhile must not wait for that.
+
+        Raises:
+            NotReady: Others are reading already.
+        """
+        if self._num_readers >= _MOST_READERS:
+            raise NotReady("others are reading the history; try again in a second")
+        self._num_readers += 1
+        read = functools.partial(
+            self._writer.journal.history, task=task, before=before, limit=limit + 1
+        )
+        try:
+            changes = await asyncio.get_running_loop().run_in_executor(self._reading, read)
+        finally:
+            self._num_readers -= 1
+        told: list[dict[str, Any]] = []
+        num_bytes = 0
+        for change in changes[:limit]:
+            told.append(change.model_dump())
+            num_bytes += len(orjson.dumps(told[-1]))
+            if num_bytes > _MOST_BYTES:
+                break
+        return told, len(told) < len(changes)
+
+    async def _one(self, work: Callable[[], Snapshot]) -> Snapshot:
+        """Let the writer work, and tell what is new since the last time it was told."""
+        async with self._turn:
+            try:
+                await asyncio.to_thread(work)
+            except OSError as error:
+                raise Unsure(f"the store does not answer ({error}); read the task again") from None
+            finally:
+                newest = self._writer.snapshot
+                if newest is not self._told:
+                    self._usage.changed(self._told, newest)
+                    self._told = newest
+                    await self.feed.publish(newest)
+        return newest

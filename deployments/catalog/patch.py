@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -13,6 +14,7 @@ from deployments.snapshot import TaskPatch, TaskRecord
 
 MAX_RULES_BYTES = 64 * 2**10
 """Of one task: every revision of the catalog holds the rules of all."""
+_MAX_UNKNOWN = 64
 
 
 def patched(moved: TaskRecord, record: TaskRecord, patch: TaskPatch) -> TaskRecord:
@@ -41,6 +43,7 @@ def patched(moved: TaskRecord, record: TaskRecord, patch: TaskPatch) -> TaskReco
     result = moved.model_copy(update=update)
     problems = [
         *_version_problems(record, patch),
+        *_share_problems(moved.active, patch.traffic or {}),
         *_role_problems(result, record, patch),
         *_rules_problems(result.rules, patch.rules),
     ]
@@ -65,9 +68,20 @@ def _version_problems(record: TaskRecord, patch: TaskPatch) -> list[str]:
                 problems.append(f"{field} names {version}, which is being deleted")
             elif version is not None and version not in record.versions:
                 problems.append(f"{field} names {version}, which is no version of this task")
-    if math.fsum((patch.traffic or {}).values()) > 1 + 1e-9:
-        problems.append("the shares of traffic are over 1 together")
     return problems
+
+
+def _share_problems(active: str, shares: Mapping[str, float]) -> list[str]:
+    """Say what is wrong with shares; the active version's must be what the others leave."""
+    together = math.fsum(shares.values())
+    if together > 1 + 1e-9:
+        return ["the shares of traffic are over 1 together"]
+    if active in shares and together < 1 - 1e-9:
+        return [
+            f"traffic gives {active} a share of {shares[active]:g}, which is the active version "
+            "and gets what the others leave: leave it out, or let all shares be 1 together"
+        ]
+    return []
 
 
 def _role_problems(result: TaskRecord, record: TaskRecord, patch: TaskPatch) -> list[str]:
@@ -91,11 +105,17 @@ def _merged(rules: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rules_problems(rules: dict[str, Any], changes: dict[str, Any]) -> list[str]:
+    if not changes:
+        return []
     problems: list[str] = []
-    if changes:
-        # A key that is taken back must be known too.
-        unknown = {key: None for key in changes if key not in Rules.model_fields}
-        read_rules({**unknown, **rules}, problems)
-        if len(orjson.dumps(rules)) > MAX_RULES_BYTES:
-            problems.append(f"they have more than {MAX_RULES_BYTES} bytes as JSON")
+    # A key that is taken back must be known too.
+    unknown = [key for key in changes if key not in Rules.model_fields]
+    left_out = set(unknown)
+    known = {key: value for key, value in rules.items() if key not in left_out}
+    read_rules({**dict.fromkeys(unknown[:_MAX_UNKNOWN]), **known}, problems)
+    if len(unknown) > _MAX_UNKNOWN:
+        problems.append(f"and {len(unknown) - _MAX_UNKNOWN} more that are not known")
+    # Only of rules that are valid can the size be told.
+    if not problems and len(orjson.dumps(rules)) > MAX_RULES_BYTES:
+        problems.append(f"they have more than {MAX_RULES_BYTES} bytes as JSON")
     return [f"rules: {problem.removeprefix('task.json: ')}" for problem in problems]

@@ -16,14 +16,14 @@ T = TypeVar("T")
 async def make_ready(
     effects: Effects, task: str, old: TaskRecord | None, new: TaskRecord, *, golden: bool = True
 ) -> None:
-    """Validate and warm what newly may be asked for, and try what newly is active.
+    """Validate and warm what newly may be asked for, and try what newly answers.
 
     Args:
         effects: Who does so.
         task: The task.
         old: Its record as it is, None if it has none.
         new: Its record as it would be.
-        golden: Whether the newly active version's golden.jsonl is run.
+        golden: Whether the golden.jsonl of versions that newly answer is run.
 
     Raises:
         BadInput: A version cannot be served with these rules, or misses its golden answers.
@@ -38,10 +38,12 @@ async def make_ready(
     # A canary has been in slots, and may have left those of a replica that never got its rows.
     for version in sorted({*fresh, new.active} if switches else fresh):
         await checked(effects.warm(task, version))
-    if golden and switches:
-        problems = await effects.golden(task, new.active, new.rules)
+    answered = set() if old is None or old.deleted else {*old.answering}
+    newly = {*new.answering} - answered | ({new.active} if switches else set())
+    for version in sorted(newly) if golden else ():
+        problems = await checked(effects.golden(task, version, new.rules))
         if problems:
-            raise BadInput(f"{task}@{new.active} is not activated: {'; '.join(problems)}")
+            raise BadInput(f"{task}@{version} is not activated: {'; '.join(problems)}")
 
 
 async def checked(asked: Awaitable[T]) -> T:

@@ -103,7 +103,9 @@ def rollback(snapshot: Snapshot, task: str, if_match: int | None) -> Snapshot:
     """
     record = _known(snapshot, task, if_match)
     if not record.previous:
-        raise Conflict(f"task {task!r} has no version that was active before; give it one instead")
+        raise Conflict(
+            f'task {task!r} has no version that was active before; name one: PATCH {{"active": …}}'
+        )
     *previous, version = record.previous
     back = _activated(record, version)
     return _with(snapshot, task, back.model_copy(update={"previous": _walk(previous, version)}))
@@ -134,10 +136,13 @@ def delete_version(snapshot: Snapshot, task: str, version: str, if_match: int | 
     return _with(snapshot, task, record.model_copy(update=update))
 
 
-def delete_task(snapshot: Snapshot, task: str, if_match: int | None) -> Snapshot:
+def delete_task(
+    snapshot: Snapshot, task: str, if_match: int | None, *, has_folder: bool = False
+) -> Snapshot:
     """Make a task none any more: its files may go once everybody knows.
 
-    One without a record gets a record that says so, since its plain folder is still there.
+    One without a record gets a record that says so, since its plain folder is still there; so does
+    one that `has_folder`, until that is removed.
 
     Raises:
         TaskNotFound: There can be no such task, or it is being deleted already.
@@ -146,12 +151,32 @@ def delete_task(snapshot: Snapshot, task: str, if_match: int | None) -> Snapshot
     if task not in snapshot.tasks:
         _growing(snapshot, task, None, if_match)
         gone = TaskRecord.model_validate(
-            {"revision": 0, "active": _NO_VERSION, "versions": {}, "deleted": True}
+            {
+                "revision": 0,
+                "active": _NO_VERSION,
+                "versions": {},
+                "folder": _NO_VERSION if has_folder else None,
+                "deleted": True,
+            }
         )
         return _with(snapshot, task, gone)
-    nothing: dict[str, Any] = {"traffic": {}, "shadow": None, "fallback": None, "pinned": False}
     record = _known(snapshot, task, if_match)
+    nothing: dict[str, Any] = {
+        "traffic": {},
+        "shadow": None,
+        "fallback": None,
+        "pinned": False,
+        "folder": record.folder or _NO_VERSION if has_folder else None,
+    }
     return _with(snapshot, task, record.model_copy(update={**nothing, "deleted": True}))
+
+
+def folder_removed(snapshot: Snapshot, task: str) -> Snapshot:
+    """Forget the plain folder of a deleted task: what lies there from now on is another one."""
+    record = snapshot.tasks.get(task)
+    if record is None or not record.deleted:
+        return snapshot
+    return _with(snapshot, task, record.model_copy(update={"folder": None}))
 
 
 def purged(snapshot: Snapshot, task: str, version: str | None) -> Snapshot:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from deployments.snapshot import Snapshot, Usage
 
 # Fewer say nothing of a rate: one unlucky row would end a canary.
 _LEAST_ROWS = 20
+# What ingresses tell so long after a changed share, they may have counted before it.
+_LATE_S = 2.0
 
 
 @dataclass(slots=True)
@@ -24,13 +27,15 @@ class _Sum:
     # Since the version got its share, or lost it.
     trial_rows: int = 0
     trial_errors: int = 0
+    trial_from_s: float = 0.0
 
 
 class UsageSums:
     """What was counted of each version since this process started. Owned by one event loop."""
 
-    def __init__(self) -> None:
-        """Begin with nothing."""
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Begin with nothing; the clock tells seconds."""
+        self._clock = clock
         self._sums: defaultdict[str, defaultdict[str, _Sum]] = defaultdict(
             lambda: defaultdict(_Sum)
         )
@@ -41,8 +46,9 @@ class UsageSums:
             total = self._sums[usage.task][usage.version]
             total.num_rows += usage.num_rows
             total.num_errors += usage.num_errors
-            total.trial_rows += usage.num_rows
-            total.trial_errors += usage.num_errors
+            if self._clock() >= total.trial_from_s:
+                total.trial_rows += usage.num_rows
+                total.trial_errors += usage.num_errors
             total.last_used_s = max(total.last_used_s, usage.last_used_s)
             total.num_shadowed += usage.num_shadowed
             total.num_agreed += usage.num_agreed
@@ -62,7 +68,9 @@ class UsageSums:
                 del sums[version]
             for version, share in now.traffic.items():
                 if before is None or before.traffic.get(version) != share:
-                    sums[version].trial_rows = sums[version].trial_errors = 0
+                    total = sums[version]
+                    total.trial_rows = total.trial_errors = 0
+                    total.trial_from_s = self._clock() + _LATE_S
 
     def failing(self, snapshot: Snapshot) -> Iterator[tuple[str, str, str]]:
         """Yield (task, version, reason) of every version whose share has to go back."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
+import orjson
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
@@ -16,33 +18,23 @@ from adapters.errors import TASK_NAME, VERSION_NAME, TaskNotFound, VersionNotFou
 from adapters.store import Store
 from deployments.errors import INTERNAL, BadInput, Unauthorized, to_problem
 from deployments.ingress.access import Access
-from deployments.ingress.changes import Catalog
+from deployments.ingress.catalog import Catalog
+from deployments.ingress.documented import (
+    CHANGE_ANSWERS,
+    FORM,
+    NEW_VERSION,
+    PAGE,
+    Limit,
+    TaskName,
+    VersionName,
+    if_match,
+)
 from deployments.ingress.residency import AskReplicas, merge
 from deployments.ingress.sources import Sources
 from deployments.ingress.uploads import Uploads
 from deployments.snapshot import TaskPatch
 
-TaskName = Annotated[str, Path(description="The task's name.")]
-VersionName = Annotated[str, Path(description="8 hex digits of the version's content.")]
-_PAGE, _LARGEST_PAGE = 100, 1000
-Limit = Annotated[int, Query(ge=1, le=_LARGEST_PAGE, description="Most entries in the answer.")]
 _ETAG = re.compile(r'"([0-9]{1,18})"')
-_FORM = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["files"],
-                    "properties": {
-                        "files": {"type": "array", "items": {"type": "string", "format": "binary"}}
-                    },
-                }
-            }
-        },
-    }
-}
 
 
 class NewVersion(BaseModel):
@@ -80,7 +72,7 @@ def add_change_routes(
     api.include_router(_records(catalog, ask_replicas))
 
 
-def _changes(catalog: Catalog, uploads: Uploads, access: Access) -> APIRouter:
+def _guarded(access: Access) -> type[APIRoute]:
     class Guarded(APIRoute):
         """A route that asks who may before it reads a byte of the body."""
 
@@ -94,11 +86,22 @@ def _changes(catalog: Catalog, uploads: Uploads, access: Access) -> APIRouter:
 
             return guarded
 
+    return Guarded
+
+
+def _changes(catalog: Catalog, uploads: Uploads, access: Access) -> APIRouter:
     bearer = Depends(HTTPBearer(auto_error=False, description="ONEBASE_ADMIN_TOKEN"))  # for /docs
-    router = APIRouter(route_class=Guarded, dependencies=[bearer])
+    router = APIRouter(
+        route_class=_guarded(access),
+        dependencies=[bearer, Depends(if_match)],
+        responses=CHANGE_ANSWERS,
+    )
 
     @router.put(
-        "/v1/tasks/{task}/versions", summary="Upload a version's files", openapi_extra=_FORM
+        "/v1/tasks/{task}/versions",
+        summary="Upload a version's files",
+        openapi_extra=FORM,
+        responses=NEW_VERSION,
     )
     async def upload(
         task: TaskName,
@@ -108,7 +111,11 @@ def _changes(catalog: Catalog, uploads: Uploads, access: Access) -> APIRouter:
         change = _change(request)
         return _answer(request, await uploads.upload(task, request, activate=activate, **change))
 
-    @router.post("/v1/tasks/{task}/versions", summary="Fetch a version from elsewhere")
+    @router.post(
+        "/v1/tasks/{task}/versions",
+        summary="Fetch a version from elsewhere",
+        responses=NEW_VERSION,
+    )
     async def add(task: TaskName, body: NewVersion, request: Request) -> JSONResponse:
         change = _change(request)
         answer = await uploads.add(task, body.source, activate=body.activate, **change)
@@ -117,6 +124,7 @@ def _changes(catalog: Catalog, uploads: Uploads, access: Access) -> APIRouter:
     @router.patch("/v1/tasks/{task}", summary="Change a task's rules, traffic and pins")
     async def patch(task: TaskName, body: TaskPatch, request: Request) -> JSONResponse:
         _check(task)
+        _check_rules(body.rules)
         given = body.model_dump(mode="json", exclude_unset=True)
         return _answer(request, await catalog.patch(task, given, **_change(request)))
 
@@ -154,19 +162,18 @@ def _records(catalog: Catalog, ask_replicas: AskReplicas) -> APIRouter:
         before: Annotated[
             int | None, Query(ge=1, description="The page before's `next`, a revision.")
         ] = None,
-        limit: Limit = _PAGE,
+        limit: Limit = PAGE,
     ) -> JSONResponse:
-        # One more than asked for tells whether there is another page.
-        changes = await catalog.history(task, before, limit + 1)
-        told: dict[str, Any] = {"changes": changes[:limit]}
-        if len(changes) > limit:
-            told["next"] = changes[limit - 1]["revision"]
+        changes, more = await catalog.history(task, before, limit)
+        told: dict[str, Any] = {"changes": changes}
+        if more:
+            told["next"] = changes[-1]["revision"]
         return JSONResponse(told)
 
     @router.get("/v1/residency", summary="Which replica holds which version, and where")
     async def get_residency(
         after: Annotated[str, Query(description="The page before's `next`.")] = "",
-        limit: Limit = _PAGE,
+        limit: Limit = PAGE,
     ) -> JSONResponse:
         return JSONResponse(merge(await ask_replicas(after, limit), limit))
 
@@ -203,6 +210,15 @@ def _check(task: str, version: str | None = None) -> None:
         raise TaskNotFound(task)
     if version is not None and not VERSION_NAME.fullmatch(version):
         raise VersionNotFound(task, version)
+
+
+def _check_rules(rules: dict[str, Any]) -> None:
+    """Refuse what the catalog's files cannot hold, or would hold as something else."""
+    try:
+        json.dumps(rules, allow_nan=False)  # orjson makes null of what is not finite
+        orjson.dumps(rules)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadInput(f"rules: they cannot be kept as JSON: {error}") from None
 
 
 async def _unauthorized(request: Request, error: Exception) -> JSONResponse:

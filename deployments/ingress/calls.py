@@ -1,4 +1,4 @@
-"""How the model is asked for a request's rows."""
+"""What the model is asked for a request's rows, and how its answers come back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Awaitable, Sequence
 from typing import Protocol
 
-from adapters.rules import ProblemType
 from deployments.rows import Answer, Facts
 from deployments.tokens import Encoded
 
@@ -15,31 +14,29 @@ Encodings = list[tuple[list[int], list[int] | None]]
 
 
 class AskModel(Protocol):
-    """How the model is asked; see `deployments.ingress.replicas.Replicas.ask`."""
+    """How model replicas are asked; see `deployments.ingress.replicas.Replicas.ask`."""
 
     def __call__(
-        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings
+        self, facts: Facts, inputs: Encodings, deadline_s: float | None = None
     ) -> Awaitable[Answers]:
-        """Answer inputs of one task and version."""
+        """Answer inputs of one version, until a time by the event loop's clock."""
 
 
 class Question:
     """Inputs of one version, of which each is answered by itself.
 
     Attributes:
-        task: The task.
-        version: The version that must answer.
-        problem_type: How its logits become scores.
+        facts: The version that must answer, and its rules.
         inputs: (ids, type ids) of each.
+        deadline_s: By the event loop's clock, when nobody waits any more; None if there is none.
         answers: Has all answers in the order of the inputs, once there are all; or an error.
     """
 
-    def __init__(
-        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings
-    ) -> None:
+    def __init__(self, facts: Facts, inputs: Encodings, deadline_s: float | None = None) -> None:
         """Take what is asked; needs a running event loop."""
-        self.task, self.version, self.problem_type = task, version, problem_type
+        self.facts = facts
         self.inputs = inputs
+        self.deadline_s = deadline_s
         self.answers: asyncio.Future[Answers] = asyncio.get_running_loop().create_future()
         self._given: Answers = [""] * len(inputs)
         self._left = len(inputs)
@@ -48,6 +45,11 @@ class Question:
     def over(self) -> bool:
         """Whether nobody waits for answers any more."""
         return self.answers.done()
+
+    @property
+    def name(self) -> str:
+        """`task@version`."""
+        return f"{self.facts['task']}@{self.facts['version']}"
 
     def answer(self, index: int, answer: Answer) -> None:
         """Take the answer of an input, which comes once."""
@@ -62,9 +64,10 @@ class Question:
             self.answers.set_exception(error)
 
 
-async def answer_rows(ask: AskModel, facts: Facts, rows: Sequence[Encoded]) -> Answers:
+async def answer_rows(
+    ask: AskModel, facts: Facts, rows: Sequence[Encoded], deadline_s: float | None = None
+) -> Answers:
     """Ask the model."""
     if not rows:
         return []
-    inputs = [(row.tokens.ids, row.tokens.type_ids) for row in rows]
-    return await ask(facts["task"], facts["version"], facts["problem_type"], inputs)
+    return await ask(facts, [(row.tokens.ids, row.tokens.type_ids) for row in rows], deadline_s)

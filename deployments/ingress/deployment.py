@@ -13,18 +13,21 @@ from ray.serve.handle import DeploymentHandle
 
 from adapters.directory import Directory
 from adapters.documents import open_documents
-from adapters.store import GOLDEN
+from adapters.store import GOLDEN, MAX_GOLDEN_BYTES
 from deployments.config import Args, admin_token, tokenize_without_pool
-from deployments.errors import INTERNAL, NotReady, to_problem
+from deployments.errors import INTERNAL, to_problem
 from deployments.ingress.access import Access
 from deployments.ingress.admin import add_change_routes
+from deployments.ingress.fanout import FanOut
 from deployments.ingress.folders import Folders
-from deployments.ingress.golden import MAX_GOLDEN_BYTES, try_golden
+from deployments.ingress.golden import try_golden
 from deployments.ingress.handles import CatalogHandle, ModelHandle
+from deployments.ingress.many import to_many_request
 from deployments.ingress.predict import Predictor
 from deployments.ingress.routes import make_api
 from deployments.ingress.sources import Sources
 from deployments.ingress.tasks import Tasks
+from deployments.ingress.usage import report
 from deployments.ingress.wire import to_request
 from deployments.internals import bind_host
 from deployments.journal import Journal
@@ -67,8 +70,20 @@ class Ingress:
         self._predictor = Predictor(
             self._tasks, tokenizer, self._model.predict, max_rows=args.max_request_rows
         )
+        self._fan_out = FanOut(
+            self._tasks,
+            self._predictor,
+            max_tasks=args.max_request_tasks,
+            max_rows=args.max_request_rows,
+        )
         await self._watch.start()
-        self._reporting = asyncio.get_running_loop().create_task(self._report())
+        self._reporting = asyncio.get_running_loop().create_task(
+            report(
+                self._predictor.tally,
+                lambda counted: self._catalog.report(self._watch.name, counted),
+                _REPORT_EVERY_S,
+            )
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP application; Ray Serve calls this after the constructor."""
@@ -80,6 +95,7 @@ class Ingress:
             max_body_bytes=args.max_body_bytes,
             max_upload_bytes=args.max_upload_bytes,
             usage=self._catalog.usage,
+            fan_out=self._fan_out,
         )
         add_change_routes(
             api,
@@ -119,11 +135,37 @@ class Ingress:
             request = to_request(texts, return_scores=return_scores, threshold=threshold)
             return await self._predictor.predict(task, request, routing_key)
         except Exception as error:
-            problem = to_problem(error)
-            if problem is None:
-                logger.error("predict(%r) failed", task, exc_info=error)
-            # Builtin exceptions only: the caller may have ray and none of our code.
-            raise (problem or INTERNAL).exception() from None
+            raise _builtin(error, f"predict({task!r})") from None
+
+    async def predict_many(
+        self,
+        tasks: Any,
+        texts: Any,
+        return_scores: bool = False,
+        threshold: float | None = None,
+        routing_key: str | None = None,
+    ) -> dict[str, Any]:
+        """Answer a handle call for many tasks with the same plain dict as `POST /v1/predict`.
+
+        Args:
+            tasks: Their names, each once, or `{"match": "guard-*"}`.
+            texts: As `predict`; so are the others, for each of the tasks.
+            return_scores: As `predict`.
+            threshold: As `predict`.
+            routing_key: As `predict`.
+
+        Raises:
+            LookupError: No task's name fits the pattern.
+            ValueError: The request cannot be answered; the message says what to change.
+            RuntimeError: The store is not available. What fails for a task is in its answer.
+        """
+        try:
+            request = to_many_request(
+                tasks, texts, return_scores=return_scores, threshold=threshold
+            )
+            return await self._fan_out.predict(request, routing_key)
+        except Exception as error:
+            raise _builtin(error, "predict_many") from None
 
     async def try_golden(self, task: str, version: str, rules: dict[str, Any]) -> list[str]:
         """Run a version's golden.jsonl, if it has one, under rules laid over its own.
@@ -157,15 +199,10 @@ class Ingress:
     def _hold(self, snapshot: Snapshot) -> None:
         self._tasks.snapshot = snapshot
 
-    async def _report(self) -> None:
-        """Tell the catalog once a second what was counted."""
-        while True:
-            await asyncio.sleep(_REPORT_EVERY_S)
-            counted = self._predictor.tally.take()
-            if not counted:
-                continue
-            try:
-                told = [one.model_dump() for one in counted]
-                await self._catalog.report(self._watch.name, told)
-            except NotReady:
-                self._predictor.tally.put_back(counted)
+
+def _builtin(error: Exception, call: str) -> Exception:
+    """Return an error as a handle's caller gets it, who may have ray and none of our code."""
+    problem = to_problem(error)
+    if problem is None:
+        logger.error("%s failed", call, exc_info=error)
+    return (problem or INTERNAL).exception()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -14,7 +15,9 @@ from deployments.ingress.runs import Runs
 from deployments.ingress.wire import Pair, PredictRequest
 from deployments.rows import Facts
 
-MAX_GOLDEN_BYTES = 2**20
+_MAX_LINES = 10_000
+# Of more a caller reads none, and the lines that are left are not run.
+_MAX_PROBLEMS = 64
 # Lines that are asked for at a time: a few forwards, between which others get their turn.
 _LINES = 64
 Score = Annotated[float, Field(allow_inf_nan=False)]
@@ -36,8 +39,11 @@ class GoldenLine(BaseModel):
 
 def read_golden(content: bytes) -> tuple[list[tuple[int, GoldenLine]], list[str]]:
     """Return the lines with their numbers, blank ones left out, and a sentence for each bad one."""
-    lines, problems = [], []
-    for number, line in enumerate(content.splitlines(), start=1):
+    lines, problems = [], list[str]()
+    split = content.splitlines()
+    if len(split) > _MAX_LINES:
+        return [], [f"{GOLDEN} has {len(split)} lines, over the limit of {_MAX_LINES}"]
+    for number, line in enumerate(split, start=1):
         if not line.strip():
             continue
         try:
@@ -58,7 +64,8 @@ async def try_golden(content: bytes, facts: Facts, runs: Runs) -> list[str]:
         runs: Asks it.
 
     Returns:
-        A sentence for each line that is none or misses; empty if all hold.
+        A sentence for each line that is none or misses, for 64 of them and then how many more are
+        known; empty if all hold.
 
     Raises:
         NotReady: No model replica could be asked.
@@ -66,12 +73,24 @@ async def try_golden(content: bytes, facts: Facts, runs: Runs) -> list[str]:
     """
     if facts["problem_type"] == "token_classification":
         return [f"{GOLDEN} says scores of whole texts; a token classifier has none"]
-    lines, problems = read_golden(content)
+    lines, problems = await asyncio.to_thread(read_golden, content)
     if not lines and not problems:
         return [f"{GOLDEN} has no line"]
-    for start in range(0, len(lines), _LINES):
-        problems += await _misses(lines[start : start + _LINES], facts, runs)
-    return problems
+    num_tried = 0
+    while num_tried < len(lines) and len(problems) < _MAX_PROBLEMS:
+        problems += await _misses(lines[num_tried : num_tried + _LINES], facts, runs)
+        num_tried += _LINES
+    return _few(problems, max(0, len(lines) - num_tried))
+
+
+def _few(problems: list[str], num_untried: int) -> list[str]:
+    """Cut problems to those that somebody reads, and say what is left out."""
+    told = problems[:_MAX_PROBLEMS]
+    if len(problems) > _MAX_PROBLEMS:
+        told.append(f"and {len(problems) - _MAX_PROBLEMS} more")
+    if num_untried:
+        told.append(f"the last {num_untried} lines of {GOLDEN} were not tried")
+    return told
 
 
 async def _misses(lines: Sequence[tuple[int, GoldenLine]], facts: Facts, runs: Runs) -> list[str]:

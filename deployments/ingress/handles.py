@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextvars import Context
 from typing import Any, TypeVar
 
 import orjson
@@ -12,10 +13,9 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from adapters.rules import ProblemType
 from deployments.errors import BatchLoopDied, NotReady
 from deployments.ingress.calls import Answers, Encodings
-from deployments.ingress.changes import CatalogLost
+from deployments.ingress.catalog import CatalogLost
 from deployments.ingress.outbox import ReplicaLost
 from deployments.ingress.replicas import Replicas
 from deployments.rows import Facts, Parcel, Reply, Residency
@@ -53,10 +53,10 @@ class ModelHandle:
         return facts
 
     async def predict(
-        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings
+        self, facts: Facts, inputs: Encodings, deadline_s: float | None = None
     ) -> Answers:
         """Have inputs answered; see `Replicas.ask`."""
-        return await self._replicas.ask(task, version, problem_type, inputs)
+        return await self._replicas.ask(facts, inputs, deadline_s)
 
     async def exchange(
         self, replica: str, ingress: str, heard: int, parcels: Sequence[Parcel], gone: Sequence[int]
@@ -104,7 +104,7 @@ class ModelHandle:
 
 
 class CatalogHandle:
-    """The catalog's one replica; a `changes.Catalog`."""
+    """The catalog's one replica; a `catalog.Catalog`."""
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         """Take Serve's handle."""
@@ -117,31 +117,31 @@ class CatalogHandle:
         return page
 
     async def publish(self, task: str, staging: str, **given: Any) -> dict[str, Any]:
-        """See `changes.Catalog.publish`."""
+        """See `catalog.Catalog.publish`."""
         return await self._change(lambda: self._handle.publish.remote(task, staging, **given))
 
     async def patch(self, task: str, patch: Mapping[str, Any], **given: Any) -> dict[str, Any]:
-        """See `changes.Catalog.patch`."""
+        """See `catalog.Catalog.patch`."""
         return await self._change(lambda: self._handle.patch.remote(task, dict(patch), **given))
 
     async def rollback(self, task: str, **given: Any) -> dict[str, Any]:
-        """See `changes.Catalog.rollback`."""
+        """See `catalog.Catalog.rollback`."""
         return await self._change(lambda: self._handle.rollback.remote(task, **given))
 
     async def delete(self, task: str, version: str | None, **given: Any) -> dict[str, Any]:
-        """See `changes.Catalog.delete`."""
+        """See `catalog.Catalog.delete`."""
         return await self._change(lambda: self._handle.delete.remote(task, version, **given))
 
     async def revision(self, n: int) -> dict[str, Any]:
-        """See `changes.Catalog.revision`."""
+        """See `catalog.Catalog.revision`."""
         answer: dict[str, Any] = await self._read(lambda: self._handle.revision.remote(n))
         return answer
 
     async def history(
         self, task: str | None, before: int | None, limit: int
-    ) -> list[dict[str, Any]]:
-        """See `changes.Catalog.history`."""
-        answer: list[dict[str, Any]] = await self._read(
+    ) -> tuple[list[dict[str, Any]], bool]:
+        """See `catalog.Catalog.history`."""
+        answer: tuple[list[dict[str, Any]], bool] = await self._read(
             lambda: self._handle.history.remote(task, before, limit)
         )
         return answer
@@ -193,7 +193,10 @@ async def _reach(call: Callable[[], Awaitable[T]]) -> T:
     """
     for attempt in (1, 2):
         try:
-            return await call()
+            # Of no request: in one's context Serve gives all calls the same id, and of two that
+            # are on their way at a time it would lose one.
+            calling = asyncio.get_running_loop().create_task(_awaited(call), context=Context())
+            return await calling
         except BackPressureError:
             raise NotReady("the model's queue is full; try again in a second") from None
         except DeploymentUnavailableError:

@@ -139,7 +139,7 @@ class Outbox:
 
     def _pack(self) -> list[Parcel]:
         """Take the rows that fit into a call, those of one version together."""
-        parcels: dict[tuple[str, str], Parcel] = {}
+        parcels: dict[tuple[object, ...], Parcel] = {}
         num_tokens = num_over = 0
         while self._waiting:
             row = self._waiting[0]
@@ -155,10 +155,11 @@ class Outbox:
             self._waiting.popleft()
             number = next(self._ids)
             self._away[number] = row
-            key = (question.task, question.version)
+            facts = question.facts
+            key = (facts["task"], facts["version"], facts["problem_type"])
             parcel = parcels.get(key)
             if parcel is None:
-                parcel = parcels[key] = Parcel(*key, question.problem_type, [])
+                parcel = parcels[key] = Parcel(*key, [])
             parcel.rows.append((number, ids, type_ids))
         if num_over:
             self._done(num_over)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from adapters.errors import AdapterError
@@ -15,7 +15,11 @@ from deployments.ingress.shadow import Shadows
 from deployments.ingress.tasks import Choice, Tasks
 from deployments.ingress.usage import Tally
 from deployments.ingress.wire import PredictRequest
+from deployments.rows import Facts
 from deployments.tokens import Tokenizer
+
+AskVersion = Callable[[Facts, PredictRequest], Awaitable[Run]]
+"""Takes a request through a version; see `deployments.ingress.runs.Runs.run`."""
 
 
 class Predictor:
@@ -49,7 +53,11 @@ class Predictor:
         self._max_rows = max_rows
 
     async def predict(
-        self, task: str, request: PredictRequest, routing_key: str | None = None
+        self,
+        task: str,
+        request: PredictRequest,
+        routing_key: str | None = None,
+        ask: AskVersion | None = None,
     ) -> dict[str, Any]:
         """Answer a request.
 
@@ -57,6 +65,7 @@ class Predictor:
             task: The task.
             request: The request.
             routing_key: Requests with the same one are answered by the same version.
+            ask: Takes it through a version, in the place of `runs`.
 
         Returns:
             `task`, `version`, `rules` (the revision of them), `results` (see `wire.to_result`;
@@ -68,11 +77,12 @@ class Predictor:
             RequestError: The request cannot be answered.
             AdapterError: The task's adapter cannot be had.
         """
-        self._check_count(request.inputs)
+        self.check_count(request.inputs)
+        ask = ask or self.runs.run
         choice = self._tasks.choose(task, routing_key)
         while True:
             try:
-                run = await self._run(choice, request)
+                run = await self._run(choice, request, ask)
                 break
             except AdapterError as error:
                 if not self._tasks.is_outdated(choice):
@@ -87,10 +97,24 @@ class Predictor:
         self._shadows.offer(choice.record, run)
         return self._answer(choice, run, results)
 
-    async def _run(self, choice: Choice, request: PredictRequest) -> Run:
+    def check_count(self, inputs: Sequence[object]) -> None:
+        """Check how many inputs there are.
+
+        Raises:
+            BadInput: There are none, or too many for a request.
+        """
+        if not inputs:
+            raise BadInput("texts is empty; give at least one text")
+        if len(inputs) > self._max_rows:
+            raise BadInput(
+                f"texts has {len(inputs)} entries, over the limit of {self._max_rows}; "
+                "send them in several requests"
+            )
+
+    async def _run(self, choice: Choice, request: PredictRequest, ask: AskVersion) -> Run:
         facts = await self._tasks.facts(choice)
         try:
-            return await self.runs.run(facts, request)
+            return await ask(facts, request)
         except (RequestError, AdapterError):
             raise
         except Exception:
@@ -125,12 +149,3 @@ class Predictor:
         if choice.version is not None:
             num_rows = len(request.inputs)
             self.tally.answered(choice.task, choice.version, num_rows, num_rows)
-
-    def _check_count(self, inputs: Sequence[object]) -> None:
-        if not inputs:
-            raise BadInput("texts is empty; give at least one text")
-        if len(inputs) > self._max_rows:
-            raise BadInput(
-                f"texts has {len(inputs)} entries, over the limit of {self._max_rows}; "
-                "send them in several requests"
-            )

@@ -12,12 +12,11 @@ from functools import partial
 from typing import Protocol
 
 from adapters.errors import AdapterError
-from adapters.rules import ProblemType
 from deployments.errors import BatchLoopDied, NotReady
 from deployments.ingress.calls import Answers, Encodings, Question
 from deployments.ingress.outbox import Asked, NotTaken, Outbox, ReplicaLost
 from deployments.ingress.placement import Placement
-from deployments.rows import Parcel, Reply, Residency
+from deployments.rows import Facts, Parcel, Reply, Residency
 
 logger = logging.getLogger("ray.serve")
 
@@ -67,7 +66,7 @@ class Replicas:
         self._looking: asyncio.Task[None] | None = None
 
     async def ask(
-        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings
+        self, facts: Facts, inputs: Encodings, deadline_s: float | None = None
     ) -> Answers:
         """Have inputs answered; when the caller goes, so do their rows.
 
@@ -80,17 +79,16 @@ class Replicas:
                 self._look(),
                 context=Context(),  # of no request, whose end would be its own
             )
-        question = Question(task, version, problem_type, inputs)
+        question = Question(facts, inputs, deadline_s)
         self._place([Asked(question, index) for index in range(len(inputs))])
         return await question.answers
 
     def _place(self, rows: Sequence[Asked]) -> None:
         """Send rows of one question, those in a chunk to one replica."""
         question = rows[0].question
-        name = f"{question.task}@{question.version}"
         for first in range(0, len(rows), _CHUNK_ROWS):
             chunk = rows[first : first + _CHUNK_ROWS]
-            replica = self._placement.place(name, len(chunk), chunk[0].tried)
+            replica = self._placement.place(question.name, len(chunk), chunk[0].tried)
             if replica is None:
                 self._homeless += chunk
                 self._look_now.set()
@@ -136,8 +134,7 @@ class Replicas:
             tried = row.tried if isinstance(error, NotTaken) else (*row.tried, name)
             if not isinstance(error, (ReplicaLost, BatchLoopDied)):
                 if isinstance(error, AdapterError):
-                    question = row.question
-                    self._placement.missing(name, f"{question.task}@{question.version}")
+                    self._placement.missing(name, row.question.name)
                 row.question.fail(error)
             elif len(tried) >= _MOST_TRIES:
                 row.question.fail(NotReady(_LOST))

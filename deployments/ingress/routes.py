@@ -6,15 +6,18 @@ import logging
 from http import HTTPStatus
 from typing import Annotated
 
-from fastapi import FastAPI, Header, Path, Query, Request
+from fastapi import FastAPI, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from adapters.errors import AdapterError
 from deployments.errors import INTERNAL, BadInput, Problem, RequestError, to_problem
+from deployments.ingress.documented import PAGE, Limit, TaskName
+from deployments.ingress.fanout import FanOut
 from deployments.ingress.limits import BodyLimit
 from deployments.ingress.listing import AskUsage, Listing
+from deployments.ingress.many import ManyRequest
 from deployments.ingress.predict import Predictor
 from deployments.ingress.predict_route import PredictRoute
 from deployments.ingress.tasks import Tasks
@@ -22,9 +25,6 @@ from deployments.ingress.wire import PredictRequest, explain
 
 logger = logging.getLogger("ray.serve")
 
-TaskName = Annotated[str, Path(description="The task's name: its folder in the store.")]
-_PAGE, _LARGEST_PAGE = 100, 1000
-Limit = Annotated[int, Query(ge=1, le=_LARGEST_PAGE, description="Most tasks in the answer.")]
 After = Annotated[str, Query(description="The last task of the page before: its `next`.")]
 RoutingKey = Annotated[
     str | None,
@@ -43,16 +43,18 @@ def make_api(
     max_body_bytes: int,
     max_upload_bytes: int,
     usage: AskUsage | None = None,
+    fan_out: FanOut | None = None,
 ) -> FastAPI:
     """Return the HTTP application.
 
     Args:
         tasks: Who knows the tasks.
-        predictor: Who answers for them.
+        predictor: Who answers for one of them.
         default_task: The task of `POST /predict`, which is not there if this is None.
         max_body_bytes: Largest body of a request.
         max_upload_bytes: Largest upload of a version.
         usage: Asks the catalog what was counted; None where there is none.
+        fan_out: Who answers `POST /v1/predict`, which is not there if this is None.
     """
     api = FastAPI(title="onebase", description="One base model, every task.", redoc_url=None)
     api.add_middleware(PredictRoute, predictor=predictor, default_task=default_task, explain=_any)
@@ -70,7 +72,7 @@ def make_api(
         return JSONResponse(await predictor.predict(task, body, key))
 
     @api.get("/v1/tasks", summary="All tasks by name, a page at a time")
-    async def list_tasks(limit: Limit = _PAGE, after: After = "") -> JSONResponse:
+    async def list_tasks(limit: Limit = PAGE, after: After = "") -> JSONResponse:
         return JSONResponse(await listing.page(after, limit))
 
     @api.get("/v1/tasks/{task}", summary="A task's versions, labels and rules")
@@ -83,6 +85,12 @@ def make_api(
         @api.post("/predict", summary=f"The inference guide's route; answers {default_task}")
         async def predict_default(body: PredictRequest, key: RoutingKey = None) -> JSONResponse:
             return JSONResponse(await predictor.predict(default_task, body, key))
+
+    if fan_out is not None:
+
+        @api.post("/v1/predict", summary="Classify texts by the adapters of many tasks at once")
+        async def predict_many(body: ManyRequest, key: RoutingKey = None) -> JSONResponse:
+            return JSONResponse(await fan_out.predict(body, key))
 
     return api
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from deployments.ingress.calls import AskModel, answer_rows
@@ -11,14 +12,14 @@ from deployments.ingress.inputs import Given, encode, to_inputs
 from deployments.ingress.results import Run
 from deployments.ingress.wire import PredictRequest
 from deployments.rows import Facts
-from deployments.tokens import Tokenizer
+from deployments.tokens import Encoded, Tokenizer
 
 # Requests that are tokenised at a time: one is a core's work, and a large one lets small ones pass.
 _ENCODERS = 2
 # Characters of a whole request that are tokenised sooner than a thread is asked to (under 1 ms).
 _SHORT_CHARACTERS = 1024
 # What decides how a text becomes tokens. Two versions that agree in it read the same ones.
-_READING = ("max_length", "truncation", "stride", "pair")
+READING = ("max_length", "truncation", "stride", "pair")
 
 
 class Runs:
@@ -43,19 +44,33 @@ class Runs:
         """
         inputs = to_inputs(facts, request)
         started_s = time.perf_counter()
+        encoded = await self.read(facts, inputs, self._max_rows)
+        return await self.answer(facts, request, inputs, encoded, time.perf_counter() - started_s)
+
+    async def read(
+        self, facts: Facts, inputs: Sequence[Given], max_rows: int
+    ) -> list[list[Encoded] | str]:
+        """Turn inputs into tokens, many off the event loop; see `inputs.encode`."""
         if sum(_num_characters(given) for given in inputs) <= _SHORT_CHARACTERS:
-            encoded = encode(self._tokenizer, facts, inputs, self._max_rows)
-        else:
-            encoded = await asyncio.get_running_loop().run_in_executor(
-                self._encoders, encode, self._tokenizer, facts, inputs, self._max_rows
-            )
-        encoded_s = time.perf_counter()
-        rows = [row for windows in encoded if not isinstance(windows, str) for row in windows]
-        answers = await answer_rows(self._ask, facts, rows)
-        answered_s = time.perf_counter()
-        return Run(
-            facts, request, inputs, encoded, answers, encoded_s - started_s, answered_s - encoded_s
+            return encode(self._tokenizer, facts, inputs, max_rows)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._encoders, encode, self._tokenizer, facts, inputs, max_rows
         )
+
+    async def answer(
+        self,
+        facts: Facts,
+        request: PredictRequest,
+        inputs: list[Given],
+        encoded: Sequence[list[Encoded] | str],
+        tokenize_s: float,
+    ) -> Run:
+        """Ask a version for inputs that were read in so many seconds; raises as `run`."""
+        rows = [row for windows in encoded if not isinstance(windows, str) for row in windows]
+        started_s = time.perf_counter()
+        answers = await answer_rows(self._ask, facts, rows)
+        model_s = time.perf_counter() - started_s
+        return Run(facts, request, inputs, encoded, answers, tokenize_s, model_s)
 
     async def run_again(self, facts: Facts, run: Run, max_rows: int) -> Run | None:
         """Ask another version the same, in no hurry; None if it would be more windows than that.
@@ -84,4 +99,4 @@ def _num_characters(given: Given) -> int:
 
 def _read_alike(one: Facts, other: Facts) -> bool:
     of_tokens = [facts["problem_type"] == "token_classification" for facts in (one, other)]
-    return of_tokens[0] == of_tokens[1] and all(one[key] == other[key] for key in _READING)  # type: ignore[literal-required]
+    return of_tokens[0] == of_tokens[1] and all(one[key] == other[key] for key in READING)  # type: ignore[literal-required]

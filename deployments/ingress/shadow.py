@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from typing import NamedTuple
 
 from adapters.errors import AdapterError
@@ -102,7 +103,10 @@ class Shadows:
 
 
 def _compare(answered: Run, own: Run) -> tuple[int, int, float]:
-    """Return how many inputs both were asked for, in how many they agree, and how scores moved."""
+    """Return how many inputs both were asked for, in how many they agree, and how scores moved.
+
+    Of a row with a score that is no number nothing moved that could be summed; it does not agree.
+    """
     pairs = [
         (one, other)
         for one, other in zip(to_judged(answered), to_judged(own), strict=True)
@@ -110,14 +114,21 @@ def _compare(answered: Run, own: Run) -> tuple[int, int, float]:
     ]
     compared = [(one, other, _shift(one, other)) for one, other in pairs if other is not None]
     of_values = own.facts["problem_type"] == "regression"
+    finite = [(one, other, shift) for one, other, shift in compared if math.isfinite(shift)]
     num_agreed = sum(
         shift <= _SAME_VALUE if of_values else one.prediction == other.prediction
-        for one, other, shift in compared
+        for one, other, shift in finite
     )
-    return len(pairs), num_agreed, sum(shift for _, _, shift in compared)
+    return len(pairs), num_agreed, sum(shift for _, _, shift in finite)
 
 
 def _shift(one: Judged, other: Judged) -> float:
-    """Return the largest difference of a score; what only one of them has counts as 0 there."""
+    """Return the largest difference of a score; what only one of them has counts as 0 there.
+
+    It is NaN if a score is.
+    """
     keys = one.scores.keys() | other.scores.keys()
-    return max((abs(one.scores.get(k, 0.0) - other.scores.get(k, 0.0)) for k in keys), default=0.0)
+    shifts = [abs(one.scores.get(k, 0.0) - other.scores.get(k, 0.0)) for k in keys]
+    if any(map(math.isnan, shifts)):  # which `max` finds only where it comes first
+        return math.nan
+    return max(shifts, default=0.0)

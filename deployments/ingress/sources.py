@@ -6,15 +6,16 @@ import io
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from stat import S_ISREG
+from typing import Any
 
 import fsspec
 
 from adapters.errors import AdapterError
-from adapters.staging import STAGED
-from adapters.store import CONFIG, Store
+from adapters.store import CONFIG, READ, Store
 from deployments.errors import BadInput, Forbidden, NotReady, RequestError
 from deployments.ingress.hub import Hub
 from deployments.ingress.remote import CHUNK_BYTES, Allowance, Download, RemoteFile
@@ -55,7 +56,7 @@ class Sources:
         allowance = Allowance(self._max_bytes, _MAX_FETCH_S)
         with ExitStack() as stack:
             try:
-                found, files = self._find(source)
+                found, files = self._find(source, stack)
                 if CONFIG not in (file.name for file in files):
                     raise BadInput(f"{source} holds no adapter: it has no {CONFIG}")
                 # Before anything is fetched, so of a copy: what comes is counted as it comes.
@@ -74,13 +75,14 @@ class Sources:
             )
         return staging, str(found)
 
-    def _find(self, source: Source) -> tuple[Source, list[RemoteFile]]:
+    def _find(self, source: Source, stack: ExitStack) -> tuple[Source, list[RemoteFile]]:
+        """Return the source's full name, and its files; what they keep open ends with the stack."""
         if source.scheme == "file":
-            return source, self._find_local(source)
+            return source, self._find_local(source, stack)
         if source.scheme != "hf":
             return source, _find_objects(source)
         assert self._hub is not None  # one of the prefixes was the hub's
-        found, files = self._hub.find(source, STAGED)
+        found, files = self._hub.find(source, READ)
         if found.repository != source.repository:
             moved = source.path.replace(source.repository, found.repository, 1)
             self._check(Source("hf", moved), source)
@@ -93,7 +95,8 @@ class Sources:
                 f"{asked}{said} is not in allowed_sources; whoever runs the server may add it"
             )
 
-    def _find_local(self, source: Source) -> list[RemoteFile]:
+    def _find_local(self, source: Source, stack: ExitStack) -> list[RemoteFile]:
+        """Open a folder's files, and look at what was opened: a path may lead elsewhere by now."""
         folder = os.path.realpath(source.path)
         roots = [
             os.path.realpath(prefix.path or "/")
@@ -101,23 +104,38 @@ class Sources:
             if source.begins_with(prefix)
         ]
         files = []
-        for name in STAGED:
-            path = os.path.realpath(os.path.join(folder, name))
-            if not any(os.path.commonpath((path, root)) == root for root in roots):
-                raise Forbidden(f"{name} of {source} lies outside of allowed_sources, by a link")
-            if os.path.lexists(path):
-                stat = os.stat(path)
-                if not S_ISREG(stat.st_mode):
-                    raise BadInput(f"{name} of {source} is not a file")
-                files.append(RemoteFile(name, stat.st_size, partial(_read, path)))
+        for name in READ:
+            path = os.path.join(folder, name)
+            outside = Forbidden(f"{name} of {source} lies outside of allowed_sources, by a link")
+            # Before it is opened too, so that nobody learns what there is and what is not.
+            if not _is_below(os.path.realpath(path), roots):
+                raise outside
+            try:
+                found = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue
+            stack.callback(os.close, found)
+            if not _is_below(os.readlink(f"/proc/self/fd/{found}"), roots):
+                raise outside
+            stat = os.fstat(found)
+            if not S_ISREG(stat.st_mode):
+                raise BadInput(f"{name} of {source} is not a file")
+            files.append(RemoteFile(name, stat.st_size, partial(_read, found)))
         return files
 
 
+def _is_below(path: str, roots: Sequence[str]) -> bool:
+    return any(os.path.commonpath((path, root)) == root for root in roots)
+
+
 def _find_objects(source: Source) -> list[RemoteFile]:
-    """List a folder of an object store."""
+    """Ask an object store for the files that an adapter may have, whatever else lies there."""
     system = fsspec.filesystem(source.scheme, use_listings_cache=False)
-    entries = system.ls(source.path, detail=True, refresh=True)
-    sizes = {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries}
+    with ThreadPoolExecutor(len(READ)) as threads:
+        asked = threads.map(partial(_size, system), [f"{source.path}/{name}" for name in READ])
+        sizes = dict(zip(READ, asked, strict=True))
+    if not any(size is not None for size in sizes.values()):
+        system.info(source.path)  # FileNotFoundError if there is nothing below it either
 
     def read(name: str) -> Iterator[bytes]:
         path = f"{source.path}/{name}"
@@ -125,12 +143,25 @@ def _find_objects(source: Source) -> list[RemoteFile]:
             while chunk := file.read(CHUNK_BYTES):
                 yield chunk
 
-    return [RemoteFile(name, sizes[name], partial(read, name)) for name in STAGED if name in sizes]
+    return [
+        RemoteFile(name, size, partial(read, name))
+        for name, size in sizes.items()
+        if size is not None
+    ]
 
 
-def _read(path: str) -> Iterator[bytes]:
-    """Read a file that has just been looked at, and follow nothing that it has become since."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb") as file:
+def _size(system: Any, path: str) -> int | None:
+    """Return an object's size in bytes, None if there is none of that name."""
+    try:
+        info = system.info(path)
+    except FileNotFoundError:
+        return None
+    return int(info["size"]) if info["type"] == "file" else None
+
+
+def _read(found: int) -> Iterator[bytes]:
+    """Read the file that a descriptor (`O_PATH`) stands for, whatever its path leads to by now."""
+    with open(f"/proc/self/fd/{found}", "rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             yield chunk
 

@@ -12,10 +12,9 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.requests import ClientDisconnect, Request
 
 from adapters.errors import TASK_NAME, AdapterIncomplete, AdapterRefused, TaskNotFound
-from adapters.staging import STAGED
-from adapters.store import Store
-from deployments.errors import BadInput, to_problem
-from deployments.ingress.changes import Catalog, CatalogLost
+from adapters.store import READ, Store
+from deployments.errors import BadInput, NotReady, Unsure, to_problem
+from deployments.ingress.catalog import Catalog
 from deployments.ingress.sources import Sources
 
 logger = logging.getLogger("ray.serve")
@@ -55,7 +54,7 @@ class Uploads:
             raise BadInput(f"send multipart/form-data, with a part named {_PART!r} for each file")
         try:
             # One over, so that what is too much is named by us.
-            async with request.form(max_files=len(STAGED) + 1, max_fields=1) as form:
+            async with request.form(max_files=len(READ) + 1, max_fields=1) as form:
                 files = to_files(form)
 
                 def stage() -> tuple[str, str]:
@@ -101,20 +100,18 @@ class Uploads:
     ) -> dict[str, Any]:
         loop = asyncio.get_running_loop()
         staging, source = await loop.run_in_executor(self._threads, stage)
-        lost = False
         try:
             return await self._catalog.publish(task, staging, source=source, **change)
         except (AdapterRefused, AdapterIncomplete) as error:
             # Of a folder in the store it may be mended by waiting; an upload stays what it is.
             problem = to_problem(error)
             raise BadInput(problem.detail if problem else str(error)) from None
-        except CatalogLost:
-            lost = True
+        except Unsure:
+            raise  # the staging stays, for whoever clears up
+        except NotReady:
+            # The catalog may not have been reached, who discards what it was given.
+            await loop.run_in_executor(self._threads, self._store.discard, staging)
             raise
-        finally:
-            # The catalog that comes back needs a staging to see what the last one was about.
-            if not lost:
-                await loop.run_in_executor(self._threads, self._store.discard, staging)
 
 
 def to_files(form: FormData) -> dict[str, BinaryIO]:
@@ -128,7 +125,7 @@ def to_files(form: FormData) -> dict[str, BinaryIO]:
     for part, value in form.multi_items():
         if part != _PART or not isinstance(value, UploadFile):
             problems.append(f"the part {part!r} is not a file named {_PART!r}")
-        elif (name := value.filename or "") not in STAGED:
+        elif (name := value.filename or "") not in READ:
             odd.append(name)
         elif name in files:
             problems.append(f"{name} comes twice")
@@ -136,7 +133,7 @@ def to_files(form: FormData) -> dict[str, BinaryIO]:
             files[name] = value.file
     if odd:
         told = ", ".join(repr(name[:100]) for name in odd)
-        problems.append(f"it has {told}, and takes only {', '.join(STAGED)}, without a folder")
+        problems.append(f"it has {told}, and takes only {', '.join(READ)}, without a folder")
     if not files and not problems:
         problems.append(f"it has no file; send a part named {_PART!r} for each")
     if problems:

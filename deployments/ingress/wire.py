@@ -89,6 +89,11 @@ def explain(errors: Sequence[Any], skip: int = 0) -> str:
         message = detail["msg"].removeprefix("Value error, ")
         if detail["type"] == "extra_forbidden":
             message = "is not a known field"
+        elif detail["type"] == "string_pattern_mismatch":  # nothing else has a pattern
+            message = (
+                f"{detail['input'][:40]!r} is no version: 8 hex digits, as GET /v1/tasks/{{task}} "
+                "lists them"
+            )
         elif detail["type"] == "json_invalid":
             name, message = "", f"the body is not valid JSON: {detail['ctx']['error']}"
         elif not name and detail["type"] != "value_error":

@@ -6,6 +6,7 @@ import logging
 
 from deployments.errors import BatchLoopDied
 from deployments.model.engine import BadRow, EmptySlot
+from deployments.model.scores import are_finite
 from deployments.rows import Answer, Prediction
 
 logger = logging.getLogger("ray.serve")
@@ -18,7 +19,9 @@ def as_data(answer: Prediction | BaseException) -> Answer:
         BatchLoopDied: This replica cannot answer it, and another can.
     """
     if isinstance(answer, Prediction):
-        return answer.scores
+        if are_finite(answer.scores):
+            return answer.scores
+        return "its scores are no numbers (NaN or infinity): the adapter's weights are broken"
     if isinstance(answer, EmptySlot):  # not the caller's fault, and another replica can answer
         raise BatchLoopDied(str(answer)) from answer
     if isinstance(answer, BadRow):

@@ -124,6 +124,10 @@ class Model:
         """
         await self.residents.warm(task, version)
 
+    async def forget(self, task: str, version: str) -> None:
+        """Let go of a version that came to nothing: slot, RAM and disk cache."""
+        await self.residents.forget(task, version)
+
     async def residency(self, after: str, limit: int) -> dict[str, Any]:
         """Say where this replica has which versions; see `Residents.residency`.
 

@@ -159,6 +159,11 @@ class Residents:
         self._later(self._pinned.bring([task for task in tasks if task in new.tasks]))
         await asyncio.gather(*(self._forget_on_disk(*of) for of in gone))
 
+    async def forget(self, task: str, version: str) -> None:
+        """Let go of a version in all places; rows that are being answered are answered first."""
+        self._drop(task, version)
+        await self._forget_on_disk(task, version)
+
     async def residency(self, after: str, limit: int) -> dict[str, Any]:
         """Say where versions are, ordered by name.
 

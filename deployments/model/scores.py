@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -52,3 +53,11 @@ def to_predictions(
 def _of_tokens(logits: torch.Tensor) -> Prediction:
     """Score one row's tokens, [tokens, labels]."""
     return Prediction(logits.tolist(), logits.softmax(dim=1).tolist())
+
+
+def are_finite(scores: list[float] | list[list[float]]) -> bool:
+    """Tell whether all scores of a row, or of its tokens, are numbers."""
+    return all(
+        all(map(math.isfinite, score)) if isinstance(score, list) else math.isfinite(score)
+        for score in scores
+    )

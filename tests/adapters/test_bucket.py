@@ -159,7 +159,7 @@ def test_no_more_is_asked_for_than_is_needed(
     proxy: Proxy, store: Store, put: Put, contents: Contents
 ) -> None:
     files = contents(task__json=b"{}")
-    unread = {"adapter_model.bin": b"pickle", "optimizer.pt": b"pickle", "golden.jsonl": b"{}"}
+    unread = {"adapter_model.bin": b"pickle", "optimizer.pt": b"pickle"}
     version = put(f"mood/{digest(files)}", files | unread)
     put("mood/00000000", contents(2))
     store.look("mood", version)

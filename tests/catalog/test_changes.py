@@ -11,7 +11,7 @@ import pytest
 
 from adapters.directory import Directory
 from adapters.documents import open_documents
-from adapters.errors import AdapterRefused, TaskNotFound
+from adapters.errors import AdapterIncomplete, AdapterRefused, TaskNotFound, VersionNotFound
 from adapters.store import CONFIG, WEIGHTS
 from deployments.catalog.adoption import Adoption
 from deployments.catalog.changes import Changes
@@ -30,11 +30,14 @@ class Replicas:
         self.store = store
         self.asked: list[tuple[Any, ...]] = []
         self.problems: list[str] = []
+        self.away = False
         self.waiting_for: list[str] = []
         self.meanwhile: Callable[[], Any] | None = None
 
     async def check(self, task: str, staging: str | None, rules: dict[str, Any]) -> Any:
         self.asked.append(("check", task, staging is None))
+        if self.away:
+            raise NotReady("no model replica is running")
         read = self.store.read if staging is None else self.store.read_staged
         files = read(task) if staging is None else read(staging, task)
         if b"bad" in files.contents[CONFIG]:
@@ -52,6 +55,9 @@ class Replicas:
         if self.meanwhile is not None:
             meanwhile, self.meanwhile = self.meanwhile, None
             await meanwhile()
+
+    async def forget(self, task: str, version: str) -> None:
+        self.asked.append(("forget", task, version))
 
     async def golden(self, task: str, version: str, rules: dict[str, Any]) -> list[str]:
         self.asked.append(("golden", task, version))
@@ -75,7 +81,7 @@ class World:
         self.replicas = Replicas(self.store)
         self.adoption = Adoption(self.ledger, self.store, self.replicas)
         self.changes = Changes(self.ledger, self.store, self.replicas, self.adoption)
-        self.upkeep = Upkeep(self.ledger, self.usage, self.store, self.adoption)
+        self.upkeep = Upkeep(self.ledger, self.usage, self.store, self.replicas, self.adoption)
 
     def stage(self, number: int, config: str = "{}") -> str:
         return self.store.stage(
@@ -159,6 +165,33 @@ async def test_the_same_content_is_the_same_version(world: World) -> None:
     assert world.record.revision == 1
 
 
+async def test_the_same_weights_with_other_rules_are_no_new_version_and_not_dropped_silently(
+    world: World,
+) -> None:
+    await world.publish(1)
+    files = {CONFIG: b"{}", WEIGHTS: content(1), "task.json": b'{"labels": ["a", "b"]}'}
+    staging = world.store.stage({name: io.BytesIO(file) for name, file in files.items()})
+    with pytest.raises(Conflict, match=r"another task\.json; change rules by PATCH"):
+        await world.changes.publish(
+            "mood", staging, source="upload", by="us", activate=False, if_match=None
+        )
+    assert len(world.files()) == 2
+
+
+async def test_what_a_dead_publication_left_gives_way_to_the_next(world: World) -> None:
+    left = world.stage(1)
+    version = world.store.read_staged(left, "mood").version
+    world.store.publish(left, "mood", version)  # and the process dies here
+    world.store.discard(left)
+    files = {CONFIG: b"{}", WEIGHTS: content(1), "task.json": b'{"labels": ["a", "b"]}'}
+    staging = world.store.stage({name: io.BytesIO(file) for name, file in files.items()})
+    told = await world.changes.publish(
+        "mood", staging, source="upload", by="us", activate=False, if_match=None
+    )
+    assert (told["version"], told["created"]) == (version, True)
+    assert world.store.read("mood", version).contents["task.json"] == files["task.json"]
+
+
 @pytest.mark.parametrize("wrong", ["check", "golden", "stale"])
 async def test_what_is_refused_leaves_nothing(world: World, wrong: str) -> None:
     if wrong == "check":
@@ -172,6 +205,8 @@ async def test_what_is_refused_leaves_nothing(world: World, wrong: str) -> None:
         with pytest.raises(Stale):
             await world.publish(1, if_match=7)
     assert world.files() == []
+    asked = world.replicas.asked
+    assert [one[0] for one in asked if one[0] in ("warm", "forget")][-1:] != ["warm"]
     with pytest.raises(KeyError):
         _ = world.record
 
@@ -192,12 +227,12 @@ async def test_rules_are_checked_against_all_versions_in_use(world: World) -> No
 async def test_a_change_that_was_overtaken_is_made_ready_anew(world: World) -> None:
     first = (await world.publish(1))["version"]
     second = (await world.publish(2))["version"]
-    world.replicas.meanwhile = lambda: world.patch(rules={"threshold": 0.5})
+    world.replicas.meanwhile = lambda: World(world.root).patch(rules={"threshold": 0.5})
     await world.patch(active=second)
     described = [one for one in world.replicas.asked if one[:3] == ("describe", "mood", second)]
     assert [one[3] for one in described] == [{}, {"threshold": 0.5}]
     assert world.record.active == second
-    world.replicas.meanwhile = lambda: world.patch(rules={"threshold": 0.7})
+    world.replicas.meanwhile = lambda: World(world.root).patch(rules={"threshold": 0.7})
     with pytest.raises(Stale):
         await world.patch(if_match=world.record.revision, active=first)
     assert world.record.active == second
@@ -205,7 +240,7 @@ async def test_a_change_that_was_overtaken_is_made_ready_anew(world: World) -> N
 
 async def test_an_upload_that_was_overtaken_finds_what_it_published(world: World) -> None:
     await world.publish(1)
-    world.replicas.meanwhile = lambda: world.patch(rules={"threshold": 0.5})
+    world.replicas.meanwhile = lambda: World(world.root).patch(rules={"threshold": 0.5})
     told = await world.publish(2, activate=True)
     assert told["created"]
     assert world.record.active == told["version"]
@@ -240,7 +275,7 @@ async def test_the_first_change_takes_a_plain_folder_in(world: World) -> None:
     world.drop("mood", 1)
     version = world.store.read("mood").version
     told = await world.patch(if_match=0, pinned=True)
-    assert told["revision"] == 2
+    assert told["revision"] == 1
     assert world.record.active == world.record.folder == version
     assert world.record.pinned
     assert world.store.read("mood", version).contents == world.store.read("mood").contents
@@ -273,7 +308,7 @@ async def test_a_version_in_use_is_not_deleted_and_another_goes_with_its_files(
         await world.changes.delete("mood", first, by="us", if_match=None)
     await world.changes.delete("mood", second, by="us", if_match=None)
     assert world.record.doomed == (second,)
-    with pytest.raises(NotReady, match="being deleted"):
+    with pytest.raises(NotReady, match="being deleted; try again in a few seconds"):
         await world.publish(2)
     await world.upkeep._purge()
     assert world.record.doomed == ()
@@ -295,6 +330,163 @@ async def test_a_deleted_task_leaves_no_file(
     assert world.files() == []
     assert "mood" not in world.ledger.snapshot.tasks
     assert not (world.root / "mood").exists()
+
+
+async def test_a_deletion_that_cannot_be_carried_out_keeps_no_other(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.catalog.upkeep._GRACE_S", 0.0)
+    world.drop("linked", 1)
+    (world.root / "alias").symlink_to("linked")
+    world.drop("mood", 2)
+    for task in ("alias", "mood"):
+        await world.changes.delete(task, None, by="us", if_match=None)
+    await world.upkeep._purge()
+    assert world.ledger.snapshot.tasks == {}
+    assert sorted(path.name for path in world.root.iterdir() if path.name != "catalog") == [
+        "linked"
+    ]
+    assert len(world.files()) == 2, "what the link led to stays"
+
+
+async def test_history_comes_in_pages_that_messages_can_carry(world: World) -> None:
+    await world.publish(1)
+    for number in range(40):
+        labels = [f"{number}-{index}-{'x' * 50}" for index in range(900)]
+        await world.patch(rules={"labels": labels})
+    changes, more = await world.ledger.history(task="mood", before=None, limit=100)
+    assert more
+    assert 10 < len(changes) < 40
+    told = list(changes)
+    while more:
+        before = told[-1]["revision"]
+        changes, more = await world.ledger.history(task="mood", before=before, limit=100)
+        told += changes
+    assert [one["revision"] for one in told] == list(range(41, 0, -1))
+
+
+async def test_a_caller_that_goes_away_leaves_no_change_untold(world: World) -> None:
+    await world.publish(1)
+    for number in range(20):
+        change = asyncio.ensure_future(world.patch(rules={"threshold": number / 100}))
+        await asyncio.sleep(number / 2000)
+        change.cancel()
+        await asyncio.gather(change, return_exceptions=True)
+        await asyncio.sleep(0.05)
+        page = await world.ledger.feed.page(0, "", 0.0)
+        assert page["revision"] == world.writer.snapshot.revision == world.record.revision
+
+
+async def test_forty_patches_at_once_all_hold_without_if_match(world: World) -> None:
+    await world.publish(1)
+    told = await asyncio.gather(
+        *(world.patch(rules={"threshold": number / 100}) for number in range(40))
+    )
+    assert sorted(one["revision"] for one in told) == list(range(2, 42))
+
+
+async def test_what_a_caller_read_of_a_plain_folder_holds_for_an_upload(world: World) -> None:
+    world.drop("mood", 1)
+    told = await world.publish(2, if_match=0)
+    assert told["created"]
+    assert len(world.record.versions) == 2
+
+
+@pytest.mark.parametrize("change", ["rollback", "rules", "delete"])
+async def test_a_refused_change_leaves_a_plain_folder_alone(world: World, change: str) -> None:
+    world.drop("mood", 1)
+    before = world.files()
+    refused = {
+        "rollback": lambda: world.changes.rollback("mood", by="us", if_match=None),
+        "rules": lambda: world.patch(rules={"treshold": 1}),
+        "delete": lambda: world.changes.delete("mood", "0" * 8, by="us", if_match=None),
+    }[change]
+    with pytest.raises((Conflict, BadInput, VersionNotFound)):
+        await refused()
+    assert world.ledger.snapshot.tasks == {}
+    assert world.files() == before
+
+
+async def test_an_upload_beside_a_folder_that_is_being_copied_waits(world: World) -> None:
+    folder = world.drop("mood", 1)
+    (folder / WEIGHTS).write_bytes(content(1)[:-3])
+    with pytest.raises(AdapterIncomplete):
+        await world.publish(2)
+    assert world.ledger.snapshot.tasks == {}
+    (folder / WEIGHTS).write_bytes(content(1))
+    assert (await world.publish(2))["version"] != world.record.active
+
+
+async def test_an_upload_mends_a_version_whose_files_are_lost(world: World) -> None:
+    version = (await world.publish(1))["version"]
+    (world.root / "mood" / version / WEIGHTS).unlink()
+    told = await world.publish(1)
+    assert (told["version"], told["created"]) == (version, False)
+    assert world.store.read("mood", version).version == version
+
+
+async def test_golden_answers_decide_over_a_share_too(world: World) -> None:
+    await world.publish(1)
+    second = (await world.publish(2))["version"]
+    world.replicas.problems = ["line 1 misses"]
+    with pytest.raises(BadInput, match="line 1 misses"):
+        await world.patch(traffic={second: 1.0})
+    assert world.record.traffic == {}
+
+
+async def test_a_folder_dropped_after_its_deletion_is_a_new_task(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.catalog.upkeep._GRACE_S", 0.0)
+    world.drop("mood", 1)
+    await world.changes.delete("mood", None, by="us", if_match=None)
+    world.drop("mood", 2)
+    await world.upkeep._purge()
+    assert "mood" not in world.ledger.snapshot.tasks
+    assert len(world.files()) == 2
+
+
+async def test_nothing_is_purged_before_everybody_knows(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.catalog.upkeep._GRACE_S", 0.0)
+    await world.publish(1)
+    world.replicas.waiting_for = ["ingress-1"]
+    await world.changes.delete("mood", None, by="us", if_match=None)
+    await world.upkeep._purge()
+    assert len(world.files()) == 2
+    world.replicas.waiting_for = []
+    await world.upkeep._purge()
+    assert world.files() == []
+
+
+async def test_what_another_cluster_made_anew_is_not_purged(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.catalog.upkeep._GRACE_S", 0.0)
+    await world.publish(1)
+    second = (await world.publish(2))["version"]
+    await world.changes.delete("mood", second, by="us", if_match=None)
+    other = World(world.root)
+    await other.upkeep._purge()
+    assert (await other.publish(2))["version"] == second
+    await world.upkeep._purge()
+    assert second in world.record.versions
+    assert world.store.read("mood", second).version == second
+
+
+async def test_a_folder_that_no_model_could_check_is_taken_in_later(world: World) -> None:
+    folder = world.drop("mood", 1)
+    await world.patch(pinned=True)
+    (folder / WEIGHTS).write_bytes(content(2))
+    world.replicas.away = True
+    for _ in range(3):
+        await world.adoption.scan()
+    assert len(world.record.versions) == 1
+    world.replicas.away = False
+    for _ in range(3):
+        await world.adoption.scan()
+    assert len(world.record.versions) == 2
 
 
 async def test_deleted_files_stay_for_requests_that_are_on_their_way(world: World) -> None:
@@ -364,10 +556,11 @@ async def test_a_version_that_fails_too_often_loses_its_share(world: World) -> N
     await world.publish(1)
     second = (await world.publish(2))["version"]
     await world.patch(traffic={second: 0.5}, max_error_rate=0.1)
+    world.usage._clock = lambda: float("inf")
     world.usage.add([Usage(task="mood", version=second, num_rows=40, num_errors=10)])
-    await world.upkeep._end_failing()
+    await world.upkeep._watch()
     assert world.record.traffic == {}
-    (last, *_) = await world.ledger.history(task="mood", before=None, limit=10)
+    (last, *_), _ = await world.ledger.history(task="mood", before=None, limit=10)
     assert last["by"] == "guard"
     assert last["what"]["returned"] == second
     assert "10 of 40 rows failed" in last["what"]["reason"]

@@ -115,6 +115,30 @@ def test_shares_of_nothing_and_of_the_active_version_are_dropped(three: Snapshot
     assert mood(patch(three, traffic=tenths)).traffic == {B: 0.7, C: 0.2}
 
 
+@pytest.mark.parametrize("shares", [{A: 0.5}, {A: 0.0, B: 0.5}, {A: 0.5, B: 0.25}])
+def test_a_share_of_the_active_version_is_what_the_others_leave(
+    three: Snapshot, shares: dict[str, float]
+) -> None:
+    with pytest.raises(BadInput, match="gets what the others leave: leave it out"):
+        patch(three, traffic=shares)
+    with pytest.raises(BadInput, match=f"traffic gives {B} a share of 0.5"):
+        patch(three, active=B, traffic={B: 0.5})
+    assert mood(patch(three, active=B, traffic={B: 0.5, A: 0.5})).traffic == {A: 0.5}
+    assert patch(three, traffic={A: 1.0}) is three
+
+
+def test_of_unknown_rules_few_are_told_and_the_size_of_wrong_ones_is_not_asked(
+    three: Snapshot,
+) -> None:
+    with pytest.raises(BadInput) as told:
+        patch(three, rules={f"key-{number}": None for number in range(20_000)})
+    sentences = told.value.detail.split("; ")
+    assert len(sentences) == 65
+    assert sentences[-1] == "rules: and 19936 more that are not known"
+    with pytest.raises(BadInput, match="rules: labels: "):
+        patch(three, rules={"labels": ["a", 2**70]})  # which has no size as JSON
+
+
 def test_who_is_activated_is_nothing_else_beside(three: Snapshot) -> None:
     before = patch(three, traffic={B: 0.5, C: 0.25}, shadow={"version": B})
     after = mood(patch(before, active=B))
@@ -132,7 +156,7 @@ def test_a_rollback_goes_back_and_further_back(three: Snapshot) -> None:
     assert (record.fallback, record.traffic) == (None, {})
     twice = state.rollback(once, "mood", mood(once).revision)
     assert (mood(twice).active, mood(twice).previous) == (A, ())
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict, match="name one: PATCH"):
         state.rollback(twice, "mood", None)
 
 
@@ -204,7 +228,7 @@ def test_a_version_is_doomed_then_forgotten_then_may_come_again(three: Snapshot)
     moved = state.delete_version(patch(moved, active=B), "mood", C, None)
     record = mood(moved)
     assert (list(record.versions), record.previous, record.doomed) == ([A, B], (A,), (C,))
-    with pytest.raises(NotReady, match="being deleted"):
+    with pytest.raises(NotReady, match="being deleted; try again in a few seconds"):
         add(moved, C)
     with pytest.raises(VersionNotFound):
         state.delete_version(moved, "mood", C, None)

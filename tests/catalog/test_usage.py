@@ -43,13 +43,17 @@ def test_the_active_version_and_those_without_a_rate_are_left_alone() -> None:
 
 
 def test_a_new_share_is_a_new_trial() -> None:
-    sums = UsageSums()
+    now_s = [0.0]
+    sums = UsageSums(lambda: now_s[0])
     sums.add([usage(NEW, 100, 100)])
     before, after = snapshot(1, traffic={}), snapshot(2)
     sums.changed(before, after)
     assert list(sums.failing(after)) == []
     assert sums.of("mood")[NEW]["num_errors"] == 100
     sums.changed(after, snapshot(3, pinned=True))
+    sums.add([usage(NEW, 20, 20)])
+    assert list(sums.failing(after)) == [], "it may have been counted before"
+    now_s[0] = 2.5
     sums.add([usage(NEW, 20, 20)])
     assert len(list(sums.failing(after))) == 1
 

@@ -7,7 +7,7 @@ import httpx2
 import pytest
 
 from adapters.directory import Directory
-from adapters.staging import STAGED
+from adapters.store import READ
 from onebase_client import Client, OnebaseError
 from onebase_client.files import NAMES
 from tests.ingress.server import Server, serve
@@ -16,10 +16,13 @@ from tests.ingress.server import Server, serve
 class Recorder:
     """Answers all requests by a function, and keeps them."""
 
-    def __init__(self, answer: Callable[[httpx2.Request], dict[str, Any]] = lambda _: {}) -> None:
+    def __init__(
+        self, answer: Callable[[httpx2.Request], dict[str, Any]] = lambda _: {}, **options: Any
+    ) -> None:
         self.answer = answer
         self.requests: list[httpx2.Request] = []
-        self.client = Client("http://onebase.test", transport=httpx2.MockTransport(self))
+        transport = httpx2.MockTransport(self)
+        self.client = Client("http://onebase.test", transport=transport, **options)
 
     def __call__(self, request: httpx2.Request) -> httpx2.Response:
         request.read()
@@ -79,6 +82,32 @@ def test_the_token_goes_with_every_request_and_no_token_with_none() -> None:
     assert recorder.requests[-1].headers["authorization"] == "Bearer secret"
 
 
+def test_a_change_is_waited_for_longer_than_an_answer(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for options, change_s, answer_s in [
+        ({}, 300, 30), ({"timeout_s": 1, "change_timeout_s": 2}, 2, 1)
+    ]:  # fmt: skip
+        recorder = Recorder(lambda _: {"tasks": [], "changes": []}, **options)
+        client = recorder.client
+        for call in (
+            lambda c: c.upload("mood", tmp_path), lambda c: c.add("mood", "s3://b/f"),
+            lambda c: c.update("mood", pinned=True), lambda c: c.rollback("mood"),
+            lambda c: c.delete("mood"), lambda c: c.delete("mood", "0123abcd"),
+        ):  # fmt: skip
+            call(client)
+            assert recorder.requests[-1].extensions["timeout"]["read"] == change_s
+        for call in (
+            lambda c: c.predict("mood", "good"), lambda c: c.tasks(), lambda c: c.history()
+        ):  # fmt: skip
+            call(client)
+            assert recorder.requests[-1].extensions["timeout"]["read"] == answer_s
+
+
+def test_a_token_that_no_header_can_carry_is_refused_in_words() -> None:
+    with pytest.raises(ValueError, match="The token has characters that are not ASCII"):
+        Client(token="gehëim")
+
+
 def test_a_routing_key_is_sent_when_there_is_one() -> None:
     recorder = Recorder()
     recorder.client.predict("mood", "good", routing_key="user 7")
@@ -115,7 +144,7 @@ def test_residency_is_one_answer_however_many_pages_it_fills() -> None:
 
 
 def test_the_client_knows_the_files_that_the_store_takes() -> None:
-    assert sorted(NAMES) == sorted(STAGED)
+    assert sorted(NAMES) == sorted(READ)
 
 
 def test_a_folder_without_an_adapter_is_not_sent(tmp_path: Path) -> None:

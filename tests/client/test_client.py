@@ -71,6 +71,28 @@ def test_scores_and_threshold_are_sent_when_asked_for(threshold: float) -> None:
     assert server.body == {"texts": ["good"], "return_scores": True, "threshold": threshold}
 
 
+@pytest.mark.parametrize(
+    ("tasks", "sent"),
+    [
+        (("a", "b"), ["a", "b"]),
+        ("spam", ["spam"]),
+        ({"match": "guard-*"}, {"match": "guard-*"}),
+    ],
+)
+def test_predict_many_posts_tasks_and_texts_and_returns_the_answer(tasks: Any, sent: Any) -> None:
+    answer = {"answers": {"a": {"results": []}, "b": {"error": "no", "status": 404}}}
+    server = serving(json=answer)
+    said = client_of(server).predict_many(
+        tasks, "good", return_scores=True, threshold=0.5, routing_key="user-7"
+    )
+    assert said == answer
+    assert (server.request.method, server.request.url.path) == ("POST", "/v1/predict")
+    assert server.request.headers["x-routing-key"] == "user-7"
+    assert server.body == {
+        "tasks": sent, "texts": ["good"], "return_scores": True, "threshold": 0.5,
+    }  # fmt: skip
+
+
 def test_tasks_returns_the_list() -> None:
     server = serving(json={"tasks": [{"name": "spam"}, {"name": "topic"}]})
     assert client_of(server).tasks() == [{"name": "spam"}, {"name": "topic"}]

@@ -12,6 +12,7 @@ import httpx2
 import uvicorn
 
 from adapters.store import Store
+from deployments.errors import NotReady
 from deployments.ingress.access import Access
 from deployments.ingress.admin import add_change_routes
 from deployments.ingress.routes import make_api
@@ -41,7 +42,11 @@ class Catalog:
             await asyncio.to_thread(self.wait.wait)
         files = self.store.read_staged(staging, task)
         self.published.append(dict(files.contents))
-        return self._told("publish", task=task, version=files.version, **given)
+        try:
+            return self._told("publish", task=task, version=files.version, **given)
+        finally:
+            if not isinstance(self.error, NotReady):  # which says that it was never reached
+                self.store.discard(staging)
 
     async def patch(self, task: str, patch: Any, **given: Any) -> dict[str, Any]:
         return self._told("patch", task=task, patch=patch, **given)
@@ -55,13 +60,15 @@ class Catalog:
     async def revision(self, revision: int) -> dict[str, Any]:
         return {"revision": revision, "everywhere": False, "waiting_for": ["ingress-1"]}
 
-    async def history(self, task: str | None, before: int | None, limit: int) -> list[Any]:
+    async def history(
+        self, task: str | None, before: int | None, limit: int
+    ) -> tuple[list[Any], bool]:
         fitting = [
             change
             for change in self.changes
             if task in (None, change["task"]) and (before is None or change["revision"] < before)
         ]
-        return fitting[:limit]
+        return fitting[:limit], len(fitting) > limit
 
 
 class Server:
@@ -90,7 +97,9 @@ def serve(
     max_upload_bytes: int = 2**24,
 ) -> Iterator[Server]:
     """Listen on a free port until the block ends; `host` is what the rule of access is told."""
-    with httpx2.Client(timeout=30, trust_env=False) as http:
+    # A connection each: one that an answer has closed must not be taken for the next request.
+    limits = httpx2.Limits(max_keepalive_connections=0)
+    with httpx2.Client(timeout=30, trust_env=False, limits=limits) as http:
         server = Server(Catalog(store), http)
         api = make_api(
             None, None, default_task=None, max_body_bytes=4096, max_upload_bytes=max_upload_bytes

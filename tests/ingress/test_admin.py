@@ -130,6 +130,43 @@ def test_a_patch_that_is_wrong_says_in_what(server: Server, body: Any, said: str
     assert server.catalog.asked == []
 
 
+@pytest.mark.parametrize(
+    ("rules", "said"),
+    [
+        ('{"max_length": 1180591620717411303424}', "64-bit"),
+        ('{"labels": ["\\ud800"]}', "surrogates"), ('{"\\ud800": 1}', "surrogates"),
+        ('{"threshold": NaN}', "not JSON compliant"), ('{"threshold": Infinity}', "not JSON"),
+        ('{"threshold": {"yes": [1, -1e999]}}', "not JSON"),
+        ('{"labels": ' + "[" * 300 + "]" * 300 + "}", "ecursion limit"),
+    ],
+)  # fmt: skip
+def test_rules_that_the_catalog_cannot_keep_are_refused(
+    server: Server, rules: str, said: str
+) -> None:
+    headers = {"content-type": "application/json"}
+    body = f'{{"rules": {rules}}}'
+    response = server.http.patch("/v1/tasks/mood", content=body, headers=headers)
+    sentence = problem(response, 422)
+    assert sentence.startswith("rules: they cannot be kept as JSON: ")
+    assert said in sentence
+    assert server.catalog.asked == []
+
+
+@pytest.mark.parametrize(
+    "body", [{"active": "v2"}, {"fallback": "0123ABCD"}, {"traffic": {"v2": 0.5}}]
+)
+def test_what_is_no_version_is_told_in_words(server: Server, body: Any) -> None:
+    said = problem(server.http.patch("/v1/tasks/mood", json=body), 422)
+    assert "is no version: 8 hex digits, as GET /v1/tasks/{task} lists them" in said
+
+
+@pytest.mark.parametrize("body", ['{"\\ud800": 1}', '{"active": "\\ud800"}', "[" * 3000])
+def test_text_that_is_none_is_the_callers_mistake(server: Server, body: str) -> None:
+    headers = {"content-type": "application/json"}
+    response = server.http.patch("/v1/tasks/mood", content=body, headers=headers)
+    assert response.status_code in (400, 422), response.text
+
+
 def test_a_patch_says_null_apart_from_nothing(server: Server) -> None:
     patch = {"shadow": None, "fallback": None, "rules": {"threshold": None}, "traffic": {}}
     server.http.patch("/v1/tasks/mood", json=patch)
@@ -235,3 +272,30 @@ def test_the_documentation_shows_how_to_upload_and_where_the_token_goes(server: 
     assert "multipart/form-data" in upload["requestBody"]["content"]
     assert upload["security"]
     assert "security" not in spec["paths"]["/v1/history"]["get"]
+
+
+CHANGES = [
+    ("put", "/v1/tasks/{task}/versions"), ("post", "/v1/tasks/{task}/versions"),
+    ("patch", "/v1/tasks/{task}"), ("post", "/v1/tasks/{task}/rollback"),
+    ("delete", "/v1/tasks/{task}"), ("delete", "/v1/tasks/{task}/versions/{version}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "path"), CHANGES)
+def test_the_documentation_lists_a_change_s_condition_and_answers(
+    server: Server, method: str, path: str
+) -> None:
+    said = server.http.get("/openapi.json").json()["paths"][path][method]
+    (header,) = [one for one in said["parameters"] if one["in"] == "header"]
+    assert (header["name"], header["required"]) == ("If-Match", False)
+    answers = said["responses"]
+    assert ("201" in answers) == path.endswith("/versions")
+    assert "Location" in answers["202"]["headers"]
+    for status in ("401", "403", "404", "409", "412", "413", "422", "503"):
+        assert [*answers[status]["content"]] == ["application/problem+json"], status
+
+
+def test_only_changes_are_documented_as_such(server: Server) -> None:
+    for path, routes in server.http.get("/openapi.json").json()["paths"].items():
+        for method, said in routes.items():
+            assert ("412" in said["responses"]) == ((method, path) in CHANGES)

@@ -1,14 +1,19 @@
+import io
 import json
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from adapters.errors import AdapterRefused
+from adapters.directory import Directory
+from adapters.errors import AdapterRefused, StagingTooLarge
+from adapters.store import GOLDEN, MAX_GOLDEN_BYTES
+from deployments.ingress import golden
 from deployments.ingress.calls import Answers, Encodings
 from deployments.ingress.golden import read_golden, try_golden
 from deployments.ingress.runs import Runs
-from deployments.rows import Facts, ProblemType
+from deployments.rows import Facts
 from deployments.tokens import Tokenizer
 
 NUM_WORDS = 1000  # of the tokenizer of these tests
@@ -22,8 +27,9 @@ class Model:
         self.error: Exception | None = None
 
     async def ask(
-        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings
+        self, facts: Facts, inputs: Encodings, deadline_s: float | None = None
     ) -> Answers:
+        version = facts["version"]
         self.asked.append((version, len(inputs)))
         if self.error is not None:
             raise self.error
@@ -140,3 +146,45 @@ async def test_token_classifiers_say_that_there_is_no_such_thing(
     facts = make_facts(problem_type="token_classification", aggregation="none")
     (problem,) = await try_golden(lines({"text": "w1", "scores": [0, 1]}), facts, runs)
     assert "token classifier" in problem
+
+
+async def test_after_64_problems_no_line_is_run_any_more(
+    runs: Runs, model: Model, make_facts: Callable[..., Facts]
+) -> None:
+    good, miss = ({"text": "w500", "scores": {"yes": yes}} for yes in (0.5, 0.7))
+    problems = await try_golden(lines(*[good] * 64, *[miss] * 150), make_facts(), runs)
+    assert [num for _, num in model.asked] == [64, 64]
+    assert len(problems) == 65
+    assert problems[-1] == "the last 86 lines of golden.jsonl were not tried"
+
+
+async def test_of_many_lines_that_are_none_few_are_told(
+    runs: Runs, model: Model, make_facts: Callable[..., Facts]
+) -> None:
+    problems = await try_golden(b"{\n" * 10_000, make_facts(), runs)
+    assert problems[-1] == "and 9936 more"
+    assert len(problems) == 65
+    (problem,) = await try_golden(b"{}\n" * 10_001, make_facts(), runs)
+    assert problem == "golden.jsonl has 10001 lines, over the limit of 10000"
+    assert model.asked == []
+
+
+async def test_lines_are_read_beside_the_event_loop(
+    runs: Runs, make_facts: Callable[..., Facts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+
+    def read(content: bytes) -> Any:
+        threads.append(threading.current_thread())
+        return read_golden(content)
+
+    monkeypatch.setattr(golden, "read_golden", read)
+    await try_golden(lines({"text": "w900", "scores": {"yes": 0.9}}), make_facts(), runs)
+    assert threads[0] is not threading.main_thread()
+
+
+def test_what_is_taken_in_is_what_can_be_read(store: Directory) -> None:
+    content = b" " * MAX_GOLDEN_BYTES
+    store.discard(store.stage({GOLDEN: io.BytesIO(content)}))
+    with pytest.raises(StagingTooLarge, match=GOLDEN):
+        store.stage({GOLDEN: io.BytesIO(content + b" ")})

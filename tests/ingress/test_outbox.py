@@ -1,7 +1,7 @@
 """Rows on their way to a replica that answers as the test says, and is held to what it is told."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -11,10 +11,9 @@ from deployments.errors import BatchLoopDied
 from deployments.ingress import outbox
 from deployments.ingress.calls import Question
 from deployments.ingress.outbox import Asked, Outbox, ReplicaLost
-from deployments.rows import Parcel, Reply
+from deployments.rows import Facts, Parcel, Reply
 
 OF_REQUEST: ContextVar[str] = ContextVar("of_request", default="")
-KIND = "single_label_classification"
 
 
 class Replica:
@@ -77,8 +76,9 @@ class Replica:
 class Box:
     """An outbox to a replica, and what it tells."""
 
-    def __init__(self) -> None:
+    def __init__(self, make_facts: Callable[..., Facts]) -> None:
         self.replica = Replica()
+        self.make_facts = make_facts
         self.num_done = 0
         self.back: list[tuple[Asked, Exception]] = []
         self.outbox = Outbox(
@@ -93,14 +93,14 @@ class Box:
 
     def ask(self, *firsts: int, version: str = "a" * 8, length: int = 1) -> Question:
         inputs: Any = [([first] * length, None) for first in firsts]
-        question = Question("mood", version, KIND, inputs)
+        question = Question(self.make_facts(version=version), inputs)
         self.outbox.put([Asked(question, at) for at in range(len(firsts))])
         return question
 
 
 @pytest.fixture
-async def box() -> Box:
-    return Box()
+async def box(make_facts: Callable[..., Facts]) -> Box:
+    return Box(make_facts)
 
 
 async def settle() -> None:

@@ -16,7 +16,7 @@ from deployments.ingress.folders import Folders
 from deployments.ingress.predict import Predictor
 from deployments.ingress.tasks import Tasks
 from deployments.ingress.wire import PredictRequest
-from deployments.rows import Facts, ProblemType
+from deployments.rows import Facts
 from deployments.tokens import Tokenizer
 
 NUM_WORDS = 1000  # of the tokenizer of these tests
@@ -38,7 +38,7 @@ class Model:
     """Scores a row by what it says; `broken` words fail their row alone."""
 
     facts: Facts
-    calls: list[tuple[str, str, ProblemType, Encodings]] = field(default_factory=list)
+    calls: list[tuple[Facts, Encodings]] = field(default_factory=list)
     errors: list[Exception] = field(default_factory=list)
     broken: set[int] = field(default_factory=set)
     num_described: int = 0
@@ -48,13 +48,13 @@ class Model:
         return {**self.facts, "version": f"{self.num_described:08}"}
 
     async def ask(
-        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings
+        self, facts: Facts, inputs: Encodings, deadline_s: float | None = None
     ) -> Answers:
-        self.calls.append((task, version, problem_type, inputs))
+        self.calls.append((facts, inputs))
         await asyncio.sleep(0.02 / len(self.calls))  # later calls end earlier
         if self.errors:
             raise self.errors.pop(0)
-        if problem_type == "token_classification":
+        if facts["problem_type"] == "token_classification":
             return [[[share(i), 1 - share(i)] for i in ids] for ids, _ in inputs]
         return [
             "this row broke" if self.broken & set(ids) else [score(ids), 1 - score(ids)]
@@ -99,8 +99,8 @@ async def test_every_row_has_its_own_answer_in_order(ask: Ask, model: Model) -> 
         assert result["probabilities"] == {"no": own, "yes": 1 - own}
         assert result["prediction"] == ("no" if own >= 0.5 else "yes")
         assert result["confidence"] == max(own, 1 - own)
-    ((task, version, problem_type, inputs),) = model.calls
-    assert (task, version, problem_type) == ("mood", "00000001", "single_label_classification")
+    ((facts, inputs),) = model.calls
+    assert (facts["task"], facts["version"]) == ("mood", "00000001")
     assert inputs == [(ids_of(text), None) for text in texts]
 
 
@@ -118,7 +118,7 @@ async def test_a_row_that_fails_in_the_model_fails_alone(ask: Ask, model: Model)
 async def test_a_long_text_is_cut_and_says_so(ask: Ask, model: Model) -> None:
     answer = await ask("w1 " * 30, "w2", "w3 " * 14, "w4 " * 15)
     assert [result.get("truncated") for result in answer["results"]] == [True, None, None, True]
-    assert [len(ids) for ids, _ in model.calls[0][3]] == [16, 3, 16, 16]
+    assert [len(ids) for ids, _ in model.calls[0][1]] == [16, 3, 16, 16]
     assert answer["num_tokens"] == 51
 
 
@@ -128,7 +128,7 @@ async def test_a_long_text_that_may_not_be_cut_fails_alone(ask: Ask, model: Mode
     assert "32 tokens are over the task's max_length of 16" in answer["results"][1]["error"]
     for place, text in ((0, "w1"), (2, "w3")):
         assert answer["results"][place]["probabilities"]["no"] == score(ids_of(text))
-    assert len(model.calls[0][3]) == 2
+    assert len(model.calls[0][1]) == 2
 
 
 async def test_a_text_that_cannot_be_cut_as_the_rules_say_fails_alone(
@@ -156,7 +156,7 @@ async def test_a_version_that_changed_on_the_way_is_asked_for_anew(ask: Ask, mod
     model.errors = [RayTaskError("predict", "trace", changed).as_instanceof_cause()]
     answer = await ask("w1", return_scores=True)
     assert answer["version"] == "00000002"
-    assert [version for _, version, _, _ in model.calls] == ["00000001", "00000002"]
+    assert [facts["version"] for facts, _ in model.calls] == ["00000001", "00000002"]
     assert answer["results"][0]["probabilities"]["no"] == score(ids_of("w1"))
 
 
@@ -187,7 +187,7 @@ async def test_a_regression_gives_values_and_takes_no_threshold(ask: Ask, model:
     model.facts |= {"problem_type": "regression", "labels": ["x", "y"]}
     own = score(ids_of("w1"))
     assert (await ask("w1"))["results"] == [{"prediction": [own, 1 - own]}]
-    assert model.calls[0][2] == "regression"
+    assert model.calls[0][0]["problem_type"] == "regression"
     with pytest.raises(BadInput, match="is a regression and takes no threshold"):
         await ask("w1", threshold=0.5)
 
@@ -203,7 +203,7 @@ def of_tokens(model: Model) -> None:
 @pytest.mark.usefixtures("of_tokens")
 async def test_entities_have_their_place_in_the_caller_s_text(ask: Ask, model: Model) -> None:
     answer = await ask("w900  👍 w100\ud800 w250", "", "w999", return_scores=True)
-    assert model.calls[0][2] == "token_classification"
+    assert model.calls[0][0]["problem_type"] == "token_classification"
     assert answer["results"] == [
         {
             "prediction": [
@@ -244,7 +244,7 @@ async def test_a_long_text_s_entities_are_those_of_what_was_read(ask: Ask) -> No
 async def test_pairs_reach_the_model_as_one_input_with_segments(ask: Ask, model: Model) -> None:
     model.facts["pair"] = True
     await ask({"text": "w1 w2", "text_pair": "w3"}, {"text": "w4", "text_pair": ""})
-    assert model.calls[0][3] == [
+    assert model.calls[0][1] == [
         ([CLS, 1, 2, SEP, 3, SEP], [0, 0, 0, 0, 1, 1]),
         ([CLS, 4, SEP, SEP], [0, 0, 0, 1]),
     ]
@@ -288,7 +288,7 @@ async def test_half_a_surrogate_pair_is_replaced_and_the_result_says_so(
     (result,) = (await ask(text if pair is None else {"text": text, "text_pair": pair}))["results"]
     assert result.pop("replaced_characters", None) == replaced
     assert set(result) == {"prediction"}
-    assert model.calls[0][3][0][0] == ids
+    assert model.calls[0][1][0][0] == ids
 
 
 async def test_as_many_texts_as_the_limit_are_answered(ask: Ask) -> None:

@@ -1,5 +1,6 @@
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,9 +16,10 @@ from deployments.ingress.calls import Answers, Encodings
 from deployments.ingress.folders import Folders
 from deployments.ingress.predict import Predictor
 from deployments.ingress.tasks import Tasks
+from deployments.ingress.usage import Counts
 from deployments.ingress.wire import PredictRequest
-from deployments.rows import Facts, ProblemType
-from deployments.snapshot import Snapshot, TaskRecord, Usage
+from deployments.rows import Facts
+from deployments.snapshot import Snapshot, TaskRecord
 from deployments.tokens import Tokenizer
 
 A, B, C = "aaaaaaaa", "bbbbbbbb", "cccccccc"
@@ -37,6 +39,7 @@ class Model:
     num_at_once: int = 0
     most_at_once: int = 0
     done: int = 0
+    broken: dict[str, list[float]] = field(default_factory=dict)  # scores of a version
 
     async def describe(self, task: str, version: str = "", rules: Any = None) -> Facts:
         if version == B and isinstance(self.error, AdapterRefused):
@@ -44,8 +47,9 @@ class Model:
         return self.make_facts(task=task, version=version, **self.changes.get(version, {}))
 
     async def ask(
-        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings
+        self, facts: Facts, inputs: Encodings, deadline_s: float | None = None
     ) -> Answers:
+        version = facts["version"]
         self.asked.append((version, len(inputs)))
         await asyncio.sleep(0)  # no model answers in the same turn of the loop
         if version == B:
@@ -56,9 +60,11 @@ class Model:
             if self.error is not None:
                 raise self.error
         less = 0.1 if version == B else 0.0
-        if problem_type == "token_classification":
+        if facts["problem_type"] == "token_classification":
             return [[[w / NUM_WORDS - less, 1 - w / NUM_WORDS + less] for w in ids]
                     for ids, _ in inputs]  # fmt: skip
+        if version in self.broken:
+            return [self.broken[version] for _ in inputs]
         yes = [max(ids[1:-1]) / NUM_WORDS - less for ids, _ in inputs]
         return [[1 - one, one] for one in yes]
 
@@ -98,7 +104,7 @@ async def ask(predictor: Predictor, *texts: Any, **others: Any) -> dict[str, Any
     return await predictor.predict("mood", request)
 
 
-async def usage_of_shadow(predictor: Predictor, model: Model) -> Usage | None:
+async def usage_of_shadow(predictor: Predictor, model: Model) -> Counts | None:
     """Wait until every shadow has ended, and return what was counted of it."""
     until_s = time.monotonic() + 5
     while predictor._shadows._running and time.monotonic() < until_s:
@@ -251,3 +257,17 @@ async def test_the_version_that_answered_is_not_its_own_shadow(
     await ask(predictor, "w900")
     await asyncio.sleep(0.02)
     assert model.num_shadowed == 1  # the answer
+
+
+@pytest.mark.parametrize("version", [A, B])
+@pytest.mark.parametrize("scores", [[0.9, math.nan], [math.nan, math.nan], [math.inf, 0.0]])
+async def test_a_score_that_is_no_number_agrees_with_nothing_and_is_in_no_sum(
+    predictor: Predictor, model: Model, shadowed: Callable[..., None],
+    version: str, scores: list[float],
+) -> None:  # fmt: skip
+    model.broken = {version: scores}
+    shadowed()
+    await ask(predictor, "w100")
+    usage = await usage_of_shadow(predictor, model)
+    assert usage is not None
+    assert (usage.num_shadowed, usage.num_agreed, usage.score_shift) == (1, 0, 0.0)

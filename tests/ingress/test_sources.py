@@ -332,6 +332,53 @@ def test_no_link_leads_out_of_an_allowed_folder(stage: Stage, folder: Path, tmp_
     refused(Forbidden, stage, f"{allowed}/away", allowed)
 
 
+@pytest.fixture
+def swap(folder: Path, content: dict[str, bytes], tmp_path: Path) -> Callable[[], None]:
+    """Make the folder, once, a link to another one outside of what is allowed."""
+    away = tmp_path / "away"
+    away.mkdir()
+    for name in content:
+        (away / name).write_bytes(b"secret")
+
+    def swap() -> None:
+        if not folder.is_symlink():
+            folder.rename(tmp_path / "moved")
+            folder.symlink_to(away)
+
+    return swap
+
+
+def test_a_folder_that_becomes_a_link_as_it_is_opened_leads_nowhere(
+    stage: Stage, folder: Path, swap: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = os.open
+
+    def swapping(path: Any, *args: Any, **options: Any) -> int:
+        if str(path).startswith(str(folder)):
+            swap()
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", swapping)
+    said = refused(Forbidden, stage, f"file://{folder}", f"file://{folder.parent}")
+    assert "outside of allowed_sources, by a link" in said
+
+
+def test_what_was_looked_at_is_what_is_read(
+    store: Directory, stage: Stage, folder: Path, content: dict[str, bytes],
+    swap: Callable[[], None], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    take_in = store.stage
+
+    def swapping(files: Any) -> str:
+        swap()
+        return take_in(files)
+
+    monkeypatch.setattr(store, "stage", swapping)
+    open_before = len(os.listdir("/proc/self/fd"))
+    assert stage(f"file://{folder}", f"file://{folder.parent}")[0] == content
+    assert len(os.listdir("/proc/self/fd")) == open_before
+
+
 def test_what_is_no_file_is_not_waited_for(stage: Stage, folder: Path) -> None:
     os.mkfifo(folder / "config.json")
     assert "not a file" in refused(BadInput, stage, f"file://{folder}", f"file://{folder}")
@@ -376,6 +423,18 @@ def test_a_bucket_is_a_source(bucket: Any, stage: Stage, content: dict[str, byte
     assert "there is nothing" in refused(BadInput, stage, "s3://models/none", "s3://models")
     assert "there is nothing" in refused(BadInput, stage, "s3://other/none", "s3://other")
     assert "holds no adapter" in refused(BadInput, stage, "s3://models/prod", "s3://models")
+
+
+def test_a_folder_of_a_bucket_is_not_listed(
+    bucket: Any, stage: Stage, content: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have millions of objects."""
+    from s3fs import S3FileSystem
+
+    monkeypatch.setattr(S3FileSystem, "_lsdir", None)
+    for name, data in {**content, "config.json/x": b"no file"}.items():
+        bucket.put_object(Bucket="models", Key=f"large/mood/{name}", Body=data)
+    assert stage("s3://models/large/mood", "s3://models")[0] == content
 
 
 def test_a_store_whose_package_is_missing_is_said(

@@ -16,8 +16,8 @@ from safetensors.numpy import save
 
 from adapters.directory import Directory
 from adapters.errors import AdapterIncomplete, AdapterRefused
-from deployments.errors import BadInput, NotReady, Stale
-from deployments.ingress.changes import CatalogLost
+from deployments.errors import BadInput, NotReady, Stale, Unsure
+from deployments.ingress.catalog import CatalogLost
 from deployments.ingress.sources import Sources
 from deployments.ingress.uploads import Uploads
 from tests.ingress.server import Catalog, Server, problem, serve
@@ -102,8 +102,6 @@ def test_an_upload_is_staged_and_published(
     }  # fmt: skip
     assert server.catalog.asked == [asked]
     assert response.json() == {**asked, **server.catalog.answer}
-    golden = files.pop("golden.jsonl")
-    assert golden
     assert server.catalog.published == [files]
 
 
@@ -127,7 +125,6 @@ def test_files_larger_than_memory_holds_of_them_arrive_whole(
     files["tokenizer.json"] = rng.bytes(3 * MIB)
     response = server.http.put(PATH, files=form(files))
     assert response.status_code == 200, response.text
-    del files["golden.jsonl"]
     assert server.catalog.published == [files]
 
 
@@ -194,6 +191,26 @@ def test_thousands_of_parts_are_not_opened(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
+    "error", [None, Stale("it is at 9"), BadInput("no head"), NotReady("the catalog is away")]
+)
+def test_a_staging_has_one_owner(
+    server: Server, store: Directory, files: dict[str, bytes], error: Exception | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The catalog that has it, or else the ingress."""
+    discarded, discard = [], store.discard
+
+    def count(staging: str) -> None:
+        discarded.append(staging)
+        discard(staging)
+
+    monkeypatch.setattr(store, "discard", count)
+    server.catalog.error = error
+    server.http.put(PATH, files=form(files))
+    assert len(discarded) == 1
+
+
+@pytest.mark.parametrize(
     ("error", "status"),
     [
         (AdapterRefused("mood", ["no head", "rank 0"]), 422),
@@ -210,10 +227,11 @@ def test_a_refusal_is_told_whole_and_leaves_nothing(
     assert said == str(error) if status != 500 else "secret" not in said
 
 
-def test_of_a_lost_catalog_the_staging_stays_for_the_next_one(
-    server: Server, store: Directory, files: dict[str, bytes]
+@pytest.mark.parametrize("kind", [CatalogLost, Unsure])
+def test_of_what_nobody_knows_the_staging_stays(
+    server: Server, store: Directory, files: dict[str, bytes], kind: type[Unsure]
 ) -> None:
-    server.catalog.error = CatalogLost("the catalog was lost")
+    server.catalog.error = kind("the catalog was lost")
     problem(server.http.put(PATH, files=form(files)), 503)
     (staging,) = staged(store)
     store.discard(staging)

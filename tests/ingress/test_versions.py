@@ -26,7 +26,7 @@ from deployments.ingress.predict import Predictor
 from deployments.ingress.routes import make_api
 from deployments.ingress.tasks import Tasks
 from deployments.ingress.wire import PredictRequest
-from deployments.rows import Facts, ProblemType
+from deployments.rows import Facts
 from deployments.snapshot import Snapshot, TaskRecord
 from deployments.tokens import Tokenizer
 
@@ -50,8 +50,9 @@ class Model:
         return self.make_facts(task=task, version=version, rules=f"{len(rules or {}):08}")
 
     async def ask(
-        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings
+        self, facts: Facts, inputs: Encodings, deadline_s: float | None = None
     ) -> Answers:
+        version = facts["version"]
         await asyncio.sleep(0)
         if self.during is not None:
             self.during()
@@ -138,7 +139,7 @@ async def test_without_a_fallback_a_task_is_closed_with_503(
 ) -> None:  # fmt: skip
     setattr(model, where, {A: error})
     install(tasks, make_record(A, B))
-    api = make_api(tasks, predictor, default_task=None, max_body_bytes=1024)
+    api = make_api(tasks, predictor, default_task=None, max_body_bytes=1024, max_upload_bytes=1024)
     async with httpx2.AsyncClient(
         transport=httpx2.ASGITransport(app=api), base_url="http://here"
     ) as http:
@@ -260,7 +261,9 @@ async def test_the_header_holds_a_caller_to_one_version(
     tasks: Tasks, predictor: Predictor, make_record: Record
 ) -> None:
     install(tasks, make_record(A, B, traffic={B: 0.5}))
-    api = make_api(tasks, predictor, default_task="mood", max_body_bytes=1024)
+    api = make_api(
+        tasks, predictor, default_task="mood", max_body_bytes=1024, max_upload_bytes=1024
+    )
     transport = httpx2.ASGITransport(app=api)
     found: dict[str, set[str]] = {}
     async with httpx2.AsyncClient(transport=transport, base_url="http://here") as http:

@@ -16,7 +16,7 @@ from deployments.ingress.predict import Predictor
 from deployments.ingress.tasks import Tasks
 from deployments.ingress.windows import combine
 from deployments.ingress.wire import PredictRequest
-from deployments.rows import Facts, ProblemType
+from deployments.rows import Facts
 from deployments.tokens import Tokenizer
 
 WORDS = ["fine", "bad", "vile", "bob", "[UNK]", "[CLS]", "[SEP]"]
@@ -62,10 +62,10 @@ class Model:
         return self.facts
 
     async def ask(
-        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings
+        self, facts: Facts, inputs: Encodings, deadline_s: float | None = None
     ) -> Answers:
         self.asked += [ids for ids, _ in inputs]
-        if problem_type == "token_classification":
+        if facts["problem_type"] == "token_classification":
             return [[[0.1, 0.9] if i == BOB else [0.8, 0.2] for i in ids] for ids, _ in inputs]
         return ["broke" if UNK in ids else scores(ids) for ids, _ in inputs]
 

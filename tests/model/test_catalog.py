@@ -61,7 +61,7 @@ class Catalog:
             self.snapshot,
             Snapshot(revision=self.snapshot.revision + 1, tasks=tasks),
         )
-        await self.model.follow(old, self.snapshot)
+        await self.model.residents.follow(old, self.snapshot)
 
 
 async def ask(model: Model, task: str, version: str) -> list[float]:
@@ -166,6 +166,29 @@ async def test_a_deleted_version_leaves_slot_ram_and_disk(
     assert await bank_free(model) == residents.slots.pages_free == free
     assert residents.host.used_bytes == 0
     assert store.on_disk() == set()
+
+
+async def test_of_two_replicas_one_with_a_corrupted_disk_cache_fetches_anew(
+    start_model: Start, publish_to: Publish, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = f"memory://{tmp_path.name}-two"
+    caches = [tmp_path / "one", tmp_path / "two"]
+    stores = [Bucket(url, Disk(cache, "memory://", 2**30)) for cache in caches]
+    version = publish_to(stores[0], "mood")
+    replicas = [await start_model(store, adapter_store=str(tmp_path)) for store in stores]
+    wanted = [await ask(replica, "mood", version) for replica in replicas]
+    assert wanted[0] == wanted[1]
+    for replica in replicas:
+        replica.residents._drop("mood", version)  # from slot and RAM; the disk keeps it
+    (weights,) = caches[1].rglob("adapter_model.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 0xFF
+    weights.write_bytes(content)
+    caplog.clear()
+    assert [await ask(replica, "mood", version) for replica in replicas] == wanted
+    (told,) = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert version in told
+    assert stores[1].on_disk() == {("mood", version)}
 
 
 async def test_ram_is_given_back_to_the_system(

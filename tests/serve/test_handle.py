@@ -84,7 +84,7 @@ def test_an_unknown_task_is_a_lookup_error(handle: Any) -> None:
     error = failure(lambda: handle.predict.remote("nope", TEXTS).result(timeout_s=60))
     assert type(error) is LookupError
     assert "there is no task 'nope'" in str(error)
-    assert "put its PEFT folder into the adapter store" in str(error)
+    assert "its PEFT folder into the adapter store" in str(error)
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def test_the_listing_says_why_beside_the_tasks_that_are_served(
 ) -> None:
     tasks = {task["task"]: task for task in http.get("/v1/tasks").json()["tasks"]}
     for name, words in SAID.items():
-        assert tasks[name].keys() == {"task", "error"}
+        assert tasks[name].keys() == {"task", "error", "usage"}
         assert f"{name!r} was refused" in tasks[name]["error"]
         assert words[0] in tasks[name]["error"]
     for name in TASKS:

@@ -3,14 +3,17 @@
 import ast
 import shutil
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 STOP_S = 10.0
+DIRECT_INGRESS = range(30000, 31000)  # Serve's, for HTTP to a replica itself
 TEXTS = ["I absolutely loved this product!"]
 
 # `serve run` without a file listens on 8000 and has no option for it.
@@ -33,6 +36,17 @@ def ask(server: Any, task: str) -> dict[str, Any]:
     )
     assert response.status_code == 200, response.text
     return response.json()
+
+
+def listeners(server: Any) -> dict[int, set[str]]:
+    """TCP port -> addresses that the server's processes listen on."""
+    found: dict[int, set[str]] = {}
+    for pid in server.processes():
+        with suppress(psutil.NoSuchProcess):
+            for one in psutil.Process(pid).net_connections("tcp"):
+                if one.status == psutil.CONN_LISTEN:
+                    found.setdefault(one.laddr.port, set()).add(one.laddr.ip)
+    return found
 
 
 def assert_the_handle_answers(server: Any, run_example: Any) -> None:
@@ -88,6 +102,12 @@ def test_a_configuration_file_is_served_until_sigterm(
     by_default = httpx2.post(f"{server.url}/predict", json={"texts": TEXTS}).json()
     assert by_default["results"] == [{"prediction": result["prediction"]}]
     assert_the_handle_answers(server, run_example)
+    listening = listeners(server)
+    # Whoever reaches these may predict, and without a token change what answers.
+    direct = [port for port in listening if port in DIRECT_INGRESS]
+    assert direct
+    for port in (server.port, *direct):
+        assert listening[port] == {"127.0.0.1"}, port
     taken_s = server.stop(signal.SIGTERM, as_terminal=False)
     assert taken_s < STOP_S, server.log.read_text()
     assert server.main is not None

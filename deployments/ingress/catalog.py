@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from deployments.errors import NotReady
+from deployments.errors import Unsure
 
 
-class CatalogLost(NotReady):
+class CatalogLost(Unsure):
     """The catalog went away while it worked on a change, which may have been made or not."""
 
 
@@ -20,14 +20,19 @@ class Catalog(Protocol):
     `if_match` is the revision that the task must be at; with None any will do.
 
     Every change raises:
+        Unsure: Nobody knows whether it was made, since the store or the catalog (`CatalogLost`) was
+            lost meanwhile.
         RequestError, AdapterError: Nothing was changed.
-        CatalogLost: Nobody knows.
     """
 
     async def publish(
         self, task: str, staging: str, *, source: str, by: str, activate: bool, if_match: int | None
     ) -> dict[str, Any]:
-        """Make a version of what was staged; the caller discards the staging, but if it is lost."""
+        """Make a version of what was staged, and discard the staging.
+
+        After `Unsure` it stays, for whoever clears up later and sees by it what this was about. Any
+        other NotReady may also say that no catalog was reached, and then it is still there too.
+        """
         ...
 
     async def patch(
@@ -52,6 +57,6 @@ class Catalog(Protocol):
 
     async def history(
         self, task: str | None, before: int | None, limit: int
-    ) -> list[dict[str, Any]]:
-        """Return the changes of a task or of all, the newest first."""
+    ) -> tuple[list[dict[str, Any]], bool]:
+        """Return the changes of a task or of all, the newest first, and whether there are more."""
         ...

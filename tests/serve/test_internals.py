@@ -1,0 +1,57 @@
+"""The private names of Ray Serve that deployments/internals.py uses, against the installed Ray."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HOST = "127.0.0.2"  # neither Serve's default nor what other tests configure
+
+ASK = """
+import json, sys
+import ray
+from ray import serve
+from ray.serve.context import _get_global_client
+from deployments.internals import bind_host
+
+class Asked:
+    def __call__(self):
+        return bind_host()
+
+host, port, folder = sys.argv[1:]
+ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False,
+         configure_logging=False, object_store_memory=100 * 2**20, _temp_dir=folder)
+serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": int(port)})
+handle = serve.run(serve.deployment(Asked).bind(), name="asked", route_prefix=None)
+print(json.dumps({
+    "driver": bind_host(),
+    "replica": handle.remote().result(),
+    "client": _get_global_client().http_config.host,
+}))
+serve.shutdown()
+ray.shutdown()
+"""
+
+
+def test_the_private_names_are_those_of_the_ray_that_is_installed() -> None:
+    """Whoever raises Ray reads deployments/internals.py, and then this number."""
+    assert version("ray").split(".")[:2] == ["2", "60"]
+
+
+def test_the_host_is_what_serve_was_configured_with(
+    short_dir: Path, free_port: Callable[[], int]
+) -> None:
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment = {**plain, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, HOST, str(free_port()), str(short_dir / "internals")],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # Ray says things there too.
+    (told,) = [line for line in done.stdout.splitlines() if line.startswith('{"driver"')]
+    assert json.loads(told) == dict.fromkeys(("driver", "replica", "client"), HOST)
