@@ -27,6 +27,7 @@ Truncation = bool | Literal["longest_first", "only_first", "only_second"]
 Overflow = Literal["truncate", "refuse", "window"]
 WindowScores = Literal["max", "mean"]
 Aggregation = Literal["none", "simple", "first", "max"]
+Priority = Literal["high", "normal", "low"]
 Share = Annotated[float, Field(ge=0, le=1)]
 # Told apart first, so that a wrong one is told once and not as a wrong number and a wrong object.
 Threshold = Annotated[
@@ -78,6 +79,15 @@ class Rules(BaseModel):
         None, description="How classified tokens become entities, as in transformers' pipeline; "
         "else simple."
     )  # fmt: skip
+    priority: Priority | None = Field(
+        None, description="Whose texts go first where not all can go at once; else normal. A "
+        "lower one keeps a share of the time."
+    )  # fmt: skip
+    latency_target_ms: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="Milliseconds in which a text should be answered: while texts of this task "
+        "come, no batch takes much of it. It costs throughput; whether it is kept, load decides.",
+    )
     padding: bool | Literal["longest", "max_length", "do_not_pad"] = Field(
         True, description="Accepted and without effect: padding never changes an answer here."
     )
@@ -104,6 +114,7 @@ class Rules(BaseModel):
         said = [
             *self._overflow_problems(problem_type),
             *self._label_problems(problem_type, labels),
+            *self._hurry_problems(),
         ]
         return [f"task.json: {sentence}" for sentence in said]
 
@@ -132,6 +143,10 @@ class Rules(BaseModel):
             )
         if not watched and self.negative_label is not None:
             yield 'negative_label means nothing but for window_scores "max" of a single label'
+
+    def _hurry_problems(self) -> Iterator[str]:
+        if self.priority == "low" and self.latency_target_ms is not None:
+            yield 'latency_target_ms means nothing for priority "low", which waits for all others'
 
     def _label_problems(self, problem_type: ProblemType, labels: Sequence[str]) -> Iterator[str]:
         of_tokens = problem_type == "token_classification"

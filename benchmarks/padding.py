@@ -9,9 +9,11 @@ mean, as many tokens altogether. Tokens a second are real ones, without padding.
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +27,8 @@ from benchmarks.examples import (
 from benchmarks.record import table
 from benchmarks.timing import in_turns, ratio, timed
 from deployments.model.engine import Engine
+from deployments.model.shares import Shares
+from deployments.model.waiter import Waiter
 from deployments.rows import Row, Tokens
 
 SENTENCES, OF_THE_GUIDE, DEPTH = 1024, 32, 128
@@ -93,14 +97,19 @@ def run(engine: Engine, batches: list[list[Row]]) -> list[list[Row]]:
 
 def run_planned(engine: Engine, rows: Sequence[Row], depth: int) -> list[list[Row]]:
     """Empty a queue as the server does, so many rows in it at a time."""
-    planner, batches = example_planner(), []
-    waiting, coming = [*rows[:depth]], [*rows[depth:]]
-    while waiting:
-        picked = set(planner.pick([row.num_tokens for row in waiting]))
-        batch = [row for index, row in enumerate(waiting) if index in picked]
-        waiting = [row for index, row in enumerate(waiting) if index not in picked]
-        waiting += coming[: len(batch)]
-        coming = coming[len(batch) :]
+    planner, shares, batches = example_planner(), Shares(), []
+    coming = iter(rows)
+
+    def wait(num_rows: int) -> None:
+        for row in itertools.islice(coming, num_rows):
+            shares.add(Waiter(replace(row, share=str(row.slot), request=id(row)), row))
+
+    wait(depth)
+    while shares:
+        taken: list[Waiter] = []
+        shares.take(planner, taken)
+        batch = [waiter.answer for waiter in taken]
+        wait(len(batch))
         seconds = timed(partial(engine.predict, batch))
         planner.note([row.num_tokens for row in batch], seconds)
         batches.append(batch)
@@ -108,11 +117,12 @@ def run_planned(engine: Engine, rows: Sequence[Row], depth: int) -> list[list[Ro
 
 
 def pick_s(lengths: list[int]) -> float:
-    """What a choice takes among so many rows, whichever is the oldest."""
-    planner = example_planner()
+    """What a choice takes among so many rows, each of a request of its own."""
+    planner, shares = example_planner(), Shares()
     planner.note([1024], 0.1)
-    turned = [lengths[first:] + lengths[:first] for first in range(50)]
-    return statistics.median(timed(partial(planner.pick, one)) for one in turned)
+    for index, length in enumerate(lengths):
+        shares.add(Waiter(Row(1, Tokens([0] * length), request=index)))
+    return statistics.median(timed(partial(shares.take, planner, [])) for _ in range(50))
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:

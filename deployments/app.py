@@ -27,6 +27,10 @@ _NVIDIA = Path("/dev/nvidia0")
 # hear within milliseconds, and of Serve's default, 2 s, most of a stop would consist.
 _LEAVING_S = 0.5
 
+# A replica is replaced when three checks in a row have failed. A check asks no more than what its
+# event loop knows; the timeout is for one that does not turn at all.
+_HEALTH_PERIOD_S, _HEALTH_TIMEOUT_S = 1.0, 5.0
+
 
 def build(args: Args) -> Application:
     """Wire the deployments.
@@ -45,7 +49,7 @@ def build(args: Args) -> Application:
             "autoscaling_config": {
                 "min_replicas": 1 if args.min_replicas is None else args.min_replicas,
                 "max_replicas": args.max_replicas,
-                "target_ongoing_requests": _MAX_ONGOING // 16,
+                "policy": {"policy_function": "deployments.scaling:replicas_for"},
             }
         }
     )
@@ -53,6 +57,8 @@ def build(args: Args) -> Application:
         name="Model",
         max_ongoing_requests=_MAX_ONGOING,
         graceful_shutdown_wait_loop_s=_LEAVING_S,
+        health_check_period_s=_HEALTH_PERIOD_S,
+        health_check_timeout_s=_HEALTH_TIMEOUT_S,
         ray_actor_options=actor_options,
         # The ingress has placed the rows; it names the replica.
         request_router_config=RequestRouterConfig(**_ROUTER),

@@ -8,6 +8,7 @@
     ├── Stale        412  a change to a task that another one has changed since
     ├── TooLarge     413  its body is over the limit
     ├── BadInput     422  the request says something that cannot be answered
+    ├── TooLate      504  its deadline passed before it was answered
     └── NotReady     503  no replica can answer at the moment
         └── Unsure   503  a change may have been made, or not
     BatchLoopDied   503  the replica that was asked can answer nothing any more
@@ -73,6 +74,10 @@ class NotReady(RequestError):
     """No replica can answer at the moment."""
 
 
+class TooLate(RequestError):
+    """The deadline passed before the answer was there."""
+
+
 class Unsure(NotReady):
     """A change may have been made, or may still come; nobody knows."""
 
@@ -118,6 +123,7 @@ _BUILTINS: dict[int, type[Exception]] = {
     412: ValueError,
     413: ValueError,
     422: ValueError,
+    504: TimeoutError,
 }
 
 _TABLE: dict[type[Exception], tuple[int, str, int | None]] = {
@@ -130,6 +136,7 @@ _TABLE: dict[type[Exception], tuple[int, str, int | None]] = {
     TooLarge: (413, "Request too large", None),
     Unsure: (503, "Outcome unknown", 1),
     NotReady: (503, "Not ready", 1),
+    TooLate: (504, "Deadline passed", None),
     BatchLoopDied: (503, "Not ready", 1),
     TaskNotFound: (404, "Unknown task", None),
     VersionNotFound: (404, "Unknown version", None),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, TypedDict
 
-from adapters.rules import Aggregation, Overflow, ProblemType, WindowScores
+from adapters.rules import Aggregation, Overflow, Priority, ProblemType, WindowScores
 
 
 class Tokens(NamedTuple):
@@ -28,11 +28,19 @@ class Row:
         slot: The slot of its adapter, 1 or more.
         tokens: What the base reads.
         problem_type: How logits become scores.
+        share: Its task, which has a fair share of the service whatever the others ask for.
+        request: Rows of a request have the same number; those of a task share alike too.
+        priority: Of its task.
+        deadline_s: By this process's `time.monotonic`, when nobody waits for it any more.
     """
 
     slot: int
     tokens: Tokens
     problem_type: ProblemType = "single_label_classification"
+    share: str = ""
+    request: int = 0
+    priority: Priority = "normal"
+    deadline_s: float | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -71,6 +79,8 @@ class Facts(TypedDict):
         negative_label: `max` takes the window of a single label where this is least likely.
         aggregation: How classified tokens become entities; None for other kinds of problem.
         pair: Whether an input is a pair of texts.
+        priority: Whose rows go first.
+        latency_target_ms: In how many a row should be answered; None if nothing is said.
         guessed: Which of labels, problem_type and max_length nothing in the folder says.
         rules: First 8 hex digits of a SHA-256 of the effective rules.
         method: `lora`, `dora`, `ia3`.
@@ -92,6 +102,8 @@ class Facts(TypedDict):
     negative_label: str | None
     aggregation: Aggregation | None
     pair: bool
+    priority: Priority
+    latency_target_ms: int | None
     guessed: list[str]
     rules: str
     method: str
@@ -123,13 +135,19 @@ class Parcel(NamedTuple):
         task: The task.
         version: The version that must answer; no other will.
         problem_type: How its logits become scores.
-        rows: (id, ids, type ids) of each; the id is the sender's own, the others as in `Tokens`.
+        priority: As the task's rules say.
+        latency_target_ms: Likewise.
+        rows: Of each its id, which is the sender's own; ids and type ids, as in `Tokens`; the
+            number of its question, likewise the sender's; and in how many seconds nobody waits for
+            it any more, None if somebody always does.
     """
 
     task: str
     version: str
     problem_type: ProblemType
-    rows: list[tuple[int, list[int], list[int] | None]]
+    priority: Priority
+    latency_target_ms: int | None
+    rows: list[tuple[int, list[int], list[int] | None, int, float | None]]
 
 
 Answer = list[float] | list[list[float]] | str

@@ -44,3 +44,22 @@ def test_a_gpu_of_the_cluster_is_reserved(monkeypatch: pytest.MonkeyPatch) -> No
         assert device() == chosen
         args = Args(base_model="org/base", adapter_store=".").on(chosen)
         assert args.gpus == reserved
+
+
+def test_replicas_are_scaled_by_queued_tokens_and_checked_every_second(tmp_path: Path) -> None:
+    args = Args(
+        base_model="org/base",
+        adapter_store=str(tmp_path),
+        device="cpu",
+        min_replicas=1,
+        max_replicas=3,
+    )
+    application = deployments.app.build(args)
+    model = next(
+        a for a in application._bound_deployment.init_args if hasattr(a, "_bound_deployment")
+    )
+    config = model._bound_deployment._deployment_config
+    assert config.autoscaling_config.max_replicas == 3
+    policy = config.autoscaling_config.policy.policy_function
+    assert policy == "deployments.scaling:replicas_for"
+    assert config.health_check_period_s * 3 + config.health_check_timeout_s < 10

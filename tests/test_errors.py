@@ -27,6 +27,7 @@ from deployments.errors import (
     RequestError,
     Stale,
     TooLarge,
+    TooLate,
     Unauthorized,
     Unsure,
     to_problem,
@@ -50,6 +51,7 @@ ERRORS = [
     (BadInput("texts is empty"), 422, ValueError),
     (TooLarge("the body is over 5 bytes"), 413, ValueError),
     (NotReady("no replica runs"), 503, RuntimeError),
+    (TooLate("the deadline passed"), 504, TimeoutError),
     (Unsure("the store did not answer"), 503, RuntimeError),
 ]
 RETRIED = (AdapterIncomplete, AdapterChanged, StoreUnreachable, NotReady)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Sequence
 from typing import Protocol
 
@@ -22,10 +23,14 @@ class AskModel(Protocol):
         """Answer inputs of one version, until a time by the event loop's clock."""
 
 
+_numbers = itertools.count(1)
+
+
 class Question:
     """Inputs of one version, of which each is answered by itself.
 
     Attributes:
+        number: Its own in this process.
         facts: The version that must answer, and its rules.
         inputs: (ids, type ids) of each.
         deadline_s: By the event loop's clock, when nobody waits any more; None if there is none.
@@ -34,6 +39,7 @@ class Question:
 
     def __init__(self, facts: Facts, inputs: Encodings, deadline_s: float | None = None) -> None:
         """Take what is asked; needs a running event loop."""
+        self.number = next(_numbers)
         self.facts = facts
         self.inputs = inputs
         self.deadline_s = deadline_s

@@ -139,8 +139,9 @@ class Outbox:
 
     def _pack(self) -> list[Parcel]:
         """Take the rows that fit into a call, those of one version together."""
-        parcels: dict[tuple[object, ...], Parcel] = {}
+        parcels: dict[object, Parcel] = {}
         num_tokens = num_over = 0
+        now_s = asyncio.get_running_loop().time()
         while self._waiting:
             row = self._waiting[0]
             question = row.question
@@ -156,11 +157,18 @@ class Outbox:
             number = next(self._ids)
             self._away[number] = row
             facts = question.facts
-            key = (facts["task"], facts["version"], facts["problem_type"])
+            key = (
+                facts["task"],
+                facts["version"],
+                facts["problem_type"],
+                facts["priority"],
+                facts["latency_target_ms"],
+            )
             parcel = parcels.get(key)
             if parcel is None:
                 parcel = parcels[key] = Parcel(*key, [])
-            parcel.rows.append((number, ids, type_ids))
+            left_s = None if question.deadline_s is None else question.deadline_s - now_s
+            parcel.rows.append((number, ids, type_ids, question.number, left_s))
         if num_over:
             self._done(num_over)
         return [*parcels.values()]

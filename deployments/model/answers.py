@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from deployments.errors import BatchLoopDied
-from deployments.model.engine import BadRow, EmptySlot
-from deployments.model.scores import are_finite
+from deployments.errors import BatchLoopDied, TooLate
+from deployments.model.engine import BadRow, DoesNotFit, EmptySlot
+from deployments.model.scores import NoNumber
 from deployments.rows import Answer, Prediction
 
 logger = logging.getLogger("ray.serve")
@@ -16,15 +16,15 @@ def as_data(answer: Prediction | BaseException) -> Answer:
     """Return a row's scores, or a sentence where it alone failed.
 
     Raises:
-        BatchLoopDied: This replica cannot answer it, and another can.
+        BatchLoopDied: It cannot be answered here, and another replica can.
     """
     if isinstance(answer, Prediction):
-        if are_finite(answer.scores):
-            return answer.scores
-        return "its scores are no numbers (NaN or infinity): the adapter's weights are broken"
+        return answer.scores
     if isinstance(answer, EmptySlot):  # not the caller's fault, and another replica can answer
         raise BatchLoopDied(str(answer)) from answer
-    if isinstance(answer, BadRow):
+    if isinstance(answer, DoesNotFit):
+        return "this input alone takes more memory than the model has; shorten it"
+    if isinstance(answer, (BadRow, NoNumber, TooLate)):
         return str(answer)
     if isinstance(answer, BatchLoopDied) or not isinstance(answer, Exception):
         raise answer

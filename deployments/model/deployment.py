@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
-import ray
 import torch
-from ray import serve
-from ray.serve.exceptions import RayServeException
 
 from adapters.documents import open_documents
 from adapters.rules import ProblemType
@@ -21,20 +20,27 @@ from deployments.journal import Journal
 from deployments.model.answers import as_data
 from deployments.model.budget import make_planner
 from deployments.model.dynamic_batch import batch_queue, dynamic_batch, enter
-from deployments.model.engine import BadRow, Engine, Loaded
+from deployments.model.engine import BadRow, DoesNotFit, Loaded, make_engine
 from deployments.model.exchange import Exchange, Ways
 from deployments.model.facts import to_facts
+from deployments.model.handles import catalog_poll, hot_on_peers, num_nodes, replica_name
+from deployments.model.health import Health
 from deployments.model.memory import take_stock
 from deployments.model.news import News
 from deployments.model.residents import Residents
+from deployments.model.scores import NoNumber
 from deployments.model.threads import forward_threads
 from deployments.model.vocabulary import export_vocabulary, to_pages
+from deployments.model.warmup import warm_up
 from deployments.rows import Answer, Facts, Parcel, Prediction, Reply, Residency, Row, Tokens
+from deployments.scaling import ANSWERED, QUEUED, SPEED
 from deployments.snapshot import Snapshot
 from deployments.watch import Watch
 
 logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
+# Versions of its peers that a replica brings into its slots before it takes traffic.
+_MOST_HOT = 256
 
 
 class Model:
@@ -43,14 +49,16 @@ class Model:
     The event loop owns queue and residents; one thread owns all work on the device.
     """
 
-    _device_lost = False
-
     async def __init__(self, args: Args) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         """Load the base; the replica takes traffic when this returns."""
-        threads = forward_threads(args, _num_nodes())
+        self.health = Health(end=lambda: os._exit(1))
+        threads = forward_threads(args, num_nodes())
         # Thread counts are a thread's own, and Ray would leave this one a single core.
         self._device = ThreadPoolExecutor(1, "forward", torch.set_num_threads, (threads,))
-        self.engine = await self._on_device(_make_engine, args)
+        self.engine = await self._on_device(make_engine, args)
+        await self._check_base()
+        if self.health.problem is not None:
+            raise RuntimeError(f"{self.health.problem}; is its file whole?")
         vocabulary = export_vocabulary(self.engine.encoder)
         self._max_length = vocabulary["max_length"]
         self._pages = to_pages(vocabulary)
@@ -68,10 +76,14 @@ class Model:
             write=self._write,
             forget=self._forget,
         )
-        ways = Ways(self.residents.pin, lambda row: enter(self.answer, row), as_data)
-        self._exchange = Exchange(_replica(), ways, self._news)
+        enter_row = partial(enter, self.answer)
+        ways = Ways(self.residents.pin, enter_row, as_data, self.planner.promise)
+        self._exchange = Exchange(replica_name(), ways, self._news)
         await self._follow_catalog(args)
         await self.residents.load_pinned()
+        await self.residents.bring(await hot_on_peers())
+        slots = [*self.residents.slots.resident.values()]
+        await self._on_device(warm_up, self.engine, self.planner, slots, self._max_length)
         logger.info(
             "base=%s quantization=%s device=%s threads=%d memory: %s",
             args.base_model,
@@ -124,6 +136,10 @@ class Model:
         """
         await self.residents.warm(task, version)
 
+    async def hot(self) -> list[str]:
+        """Return what a replica that starts should have too; see `Residents.hot`."""
+        return self.residents.hot(_MOST_HOT)
+
     async def forget(self, task: str, version: str) -> None:
         """Let go of a version that came to nothing: slot, RAM and disk cache."""
         await self.residents.forget(task, version)
@@ -135,7 +151,7 @@ class Model:
             after: `task@version`; only those after it.
             limit: Most versions to return.
         """
-        return {"replica": _replica(), **await self.residents.residency(after, limit)}
+        return {"replica": replica_name(), **await self.residents.residency(after, limit)}
 
     async def prefetch(self, tasks: Collection[str]) -> None:
         """Bring tasks into host RAM; see `Residents.prefetch`."""
@@ -152,8 +168,8 @@ class Model:
 
         Args:
             task: The task.
-            version: The version.
-            problem_type: See `deployments.rows.Parcel`.
+            version: The version that must answer; no other will.
+            problem_type: How its logits become scores.
             inputs: (ids, type ids) of each input, see `deployments.rows.Tokens`.
 
         Returns:
@@ -164,7 +180,7 @@ class Model:
             BatchLoopDied: This replica cannot answer, and is about to be replaced.
         """
         async with self.residents.pin(task, version) as slot:
-            rows = [Row(slot, Tokens(*given), problem_type) for given in inputs]
+            rows = [Row(slot, Tokens(*given), problem_type, task) for given in inputs]
             answers = await asyncio.gather(
                 *(self.answer(row) for row in rows), return_exceptions=True
             )
@@ -189,38 +205,45 @@ class Model:
     @dynamic_batch
     async def answer(self, rows: list[Row]) -> list[Prediction | Exception]:
         """Answer one row; what reaches the body is the batch that it went through in."""
+        lengths = [row.num_tokens for row in rows]
         try:
             answers, seconds = await self._on_device(_timed, self.engine.predict, rows)
-        except torch.AcceleratorError:
-            self._device_lost = True  # after an illegal access no kernel runs any more
+        except DoesNotFit:
+            self.planner.note_too_large(lengths)
             raise
-        ran = zip(rows, answers, strict=True)
-        self.planner.note(
-            [row.num_tokens for row, answer in ran if not isinstance(answer, BadRow)], seconds
-        )
+        except torch.AcceleratorError:
+            # After an illegal access no kernel runs any more.
+            self.health.lose("the device does not answer any more")
+            raise
+        ran = zip(lengths, answers, strict=True)
+        self.planner.note([n for n, answer in ran if not isinstance(answer, BadRow)], seconds)
+        if any(isinstance(answer, NoNumber) for answer in answers):
+            await self._check_base()  # the fault of an adapter or a text, or everybody's?
         return answers
 
     async def check_health(self) -> None:
         """Raise if no row can be answered any more, so that Serve replaces this replica."""
-        if self._device_lost:
-            raise RuntimeError("the device does not answer any more")
+        self.health.check(batch_queue(self.answer), self.planner.tokens_per_s)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Tell what `deployments.scaling` goes by."""
         queue = batch_queue(self.answer)
-        if queue is not None and not queue.alive:
-            raise RuntimeError("the batch loop has ended")
+        return {
+            QUEUED: float(queue.num_queued_tokens if queue is not None else 0),
+            SPEED: self.planner.tokens_per_s,
+            ANSWERED: self.planner.answered_tokens_per_s(),
+        }
+
+    async def _check_base(self) -> None:
+        """See whether the base itself still gives numbers."""
+        if not await self._on_device(self.engine.gives_numbers):
+            self.health.lose("the base gives no numbers, but NaN or infinity")
 
     async def _follow_catalog(self, args: Args) -> None:
         """Keep and forget what the catalog says, if there is one: without Serve there is none."""
-        try:
-            app = serve.get_replica_context().app_name
-        except RayServeException:
+        poll = catalog_poll()
+        if poll is None:
             return
-
-        async def poll(watcher: str, revision: int, after: str) -> dict[str, Any]:
-            # By its name, which has to wait until both are deployed: the catalog has our handle.
-            catalog = serve.get_deployment_handle("Catalog", app)
-            page: dict[str, Any] = await catalog.poll.remote(watcher, revision, after)
-            return page
-
         journal = Journal(open_documents(args.adapter_store))
         self._watch = Watch(journal.newer, poll, self._heed)
         await self._watch.start()
@@ -242,7 +265,7 @@ class Model:
                 return
             if writing.exception() is not None:
                 # The slot is empty now: rows for it fail, and none is answered by another adapter.
-                self._device_lost = True
+                self.health.lose("the device took no adapter into a slot")
                 logger.error("adapter=%s was not written", name, exc_info=writing.exception())
                 return
             taken_ms = 1e3 * (time.perf_counter() - started_s)
@@ -273,28 +296,3 @@ def _timed(
     started_s = time.perf_counter()
     answers = predict(rows)
     return answers, time.perf_counter() - started_s
-
-
-def _replica() -> str:
-    """Return this replica's id; without Serve this process is the one."""
-    try:
-        return serve.get_replica_context().replica_id.unique_id
-    except RayServeException:
-        return "alone"
-
-
-def _num_nodes() -> int:
-    """Return how many nodes replicas are spread over; without Ray this process is on the one."""
-    if not ray.is_initialized():
-        return 1
-    return sum(node["Alive"] and node["Resources"].get("CPU", 0) >= 1 for node in ray.nodes())
-
-
-def _make_engine(args: Args) -> Engine:
-    return Engine(
-        args.base_model,
-        quantization=args.quantization,
-        device=args.device,
-        bank_bytes=int(args.bank_gib * GIB),
-        base_aliases=args.base_aliases,
-    )

@@ -8,59 +8,46 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import heapq
+import itertools
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import Any, TypeVar
 
-from deployments.errors import BatchLoopDied
+from deployments.errors import BatchLoopDied, TooLate
+from deployments.model.shares import Shares, Starts
+from deployments.model.waiter import Waiter, Waits
 
 logger = logging.getLogger("ray.serve")
 
-
-class Sized(Protocol):
-    """A row of known length."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Length in tokens, before padding."""
-
-
-class Picks(Protocol):
-    """What chooses the next batch; see `deployments.model.planner.Planner`."""
-
-    def pick(self, lengths: Sequence[int]) -> list[int]:
-        """Return indices into the lengths of all waiting rows, 0 among them."""
-
-
-# Oldest rows that the planner sees: choosing among more costs the event loop milliseconds.
-_WINDOW = 4096
-
-R = TypeVar("R", bound=Sized)
+R = TypeVar("R", bound=Waits)
 A = TypeVar("A")
 Forward = Callable[[list[R]], Awaitable[list[A | Exception]]]
 
 
-@dataclass(slots=True)
-class _Waiter:
-    row: Any
-    answer: asyncio.Future[Any]
-
-
 class BatchQueue:
-    """The queue of one instance, and the one loop that empties it."""
+    """The queue of one instance, and the one loop that empties it.
 
-    def __init__(self, forward: Forward[Any, Any], planner: Picks) -> None:
+    Attributes:
+        running_tokens: Of the rows in the running forward, before padding; 0 if none runs.
+    """
+
+    def __init__(self, forward: Forward[Any, Any], planner: Starts) -> None:
         """Start the loop; needs a running event loop.
 
         Args:
             forward: Answers a batch, an answer a row in the same order; an Exception in a row's
                 place fails that row alone.
-            planner: Chooses the next batch.
+            planner: Limits each batch.
         """
         self._forward = forward
         self._planner = planner
-        self._waiting: list[_Waiter] = []  # oldest first
+        self._waiting = Shares()
+        self._deadlines: list[tuple[float, int, Waiter]] = []
+        self._numbers = itertools.count()
+        self.running_tokens = 0
+        self._began_s: float | None = None
         self._wake = asyncio.Event()
         self._loop = asyncio.get_running_loop().create_task(self._run())
         self._loop.add_done_callback(self._died)
@@ -70,24 +57,42 @@ class BatchQueue:
         return len(self._waiting)
 
     @property
+    def num_queued_tokens(self) -> int:
+        """Tokens of all rows that have no answer yet, those in the running forward too."""
+        return self._waiting.num_tokens + self.running_tokens
+
+    @property
     def alive(self) -> bool:
         """Whether rows can still be answered."""
         return not self._loop.done()
+
+    @property
+    def forward_s(self) -> float:
+        """For how many seconds the running forward has run, 0 if none runs."""
+        return 0.0 if self._began_s is None else time.monotonic() - self._began_s
 
     async def put(self, row: Any) -> Any:
         """Wait for a row's answer; cancelling this drops the row if its forward has not begun.
 
         Raises:
             BatchLoopDied: The loop has ended, before or while the row waited.
+            TooLate: Its deadline passed before its forward.
         """
         return await self.enter(row)
 
     def enter(self, row: Any) -> asyncio.Future[Any]:
-        """Put a row into the queue and return the future of its answer; raises as `put`."""
+        """Put a row into the queue and return the future of its answer; raises as `put`.
+
+        Cancelling that drops the row, if its forward has not begun.
+        """
         if not self.alive:
             raise BatchLoopDied("the batch loop has ended")
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiter(row, answer))
+        waiter = Waiter(row, answer)
+        self._waiting.add(waiter)
+        answer.add_done_callback(lambda _: self._waiting.discard(waiter))
+        if row.deadline_s is not None:
+            heapq.heappush(self._deadlines, (row.deadline_s, next(self._numbers), waiter))
         self._wake.set()
         return answer
 
@@ -102,28 +107,34 @@ class BatchQueue:
                     _fail(batch, error)
                     raise
 
-    def _take(self) -> list[_Waiter]:
-        """Remove the next batch from the queue, after the rows whose callers have gone."""
-        self._waiting = [waiter for waiter in self._waiting if not waiter.answer.done()]
+    def _take(self) -> list[Waiter]:
+        """Remove the next batch from the queue, after the rows that nobody waits for."""
+        self._expire()
         if not self._waiting:
             self._wake.clear()
             return []
+        batch: list[Waiter] = []
         try:
-            # With the oldest whatever the planner says: a loop that takes nothing never yields.
-            window = self._waiting[:_WINDOW]
-            picked = {0, *self._planner.pick([w.row.num_tokens for w in window])}
+            self._waiting.take(self._planner, batch)
         except BaseException as error:
-            _fail(self._waiting, error)
+            _fail(batch, error)
             raise
-        batch = [waiter for index, waiter in enumerate(self._waiting) if index in picked]
-        self._waiting = [w for index, w in enumerate(self._waiting) if index not in picked]
-        return batch
+        return [waiter for waiter in batch if not waiter.answer.done()]
 
-    async def _answer(self, batch: list[_Waiter]) -> None:
+    def _expire(self) -> None:
+        """Fail rows whose deadline has passed."""
+        now_s = time.monotonic()
+        while self._deadlines and (self._deadlines[0][0] <= now_s or self._deadlines[0][2].gone):
+            _, _, waiter = heapq.heappop(self._deadlines)
+            if not waiter.gone:
+                self._waiting.discard(waiter)
+                waiter.answer.set_exception(TooLate("the deadline passed before its turn came"))
+
+    async def _answer(self, batch: list[Waiter]) -> None:
         """Run one forward and settle its rows; if it fails whole, try each half by itself."""
         answers: list[Any]
         try:
-            answers = await self._forward([waiter.row for waiter in batch])
+            answers = await self._timed([waiter.row for waiter in batch])
             if len(answers) != len(batch):
                 raise RuntimeError(f"a forward of {len(batch)} rows gave {len(answers)} answers")
         except Exception as error:
@@ -143,18 +154,25 @@ class BatchQueue:
             else:
                 waiter.answer.set_result(answer)
 
+    async def _timed(self, rows: list[Any]) -> list[Any]:
+        self._began_s = time.monotonic()
+        self.running_tokens = sum(row.num_tokens for row in rows)
+        try:
+            return await self._forward(rows)
+        finally:
+            self._began_s, self.running_tokens = None, 0
+
     def _died(self, task: asyncio.Task[None]) -> None:
         error = None if task.cancelled() else task.exception()
         logger.error("the batch loop has ended", exc_info=error)
-        _fail(self._waiting, error)
-        self._waiting = []
+        _fail(self._waiting.clear(), error)
 
     def close(self) -> None:
         """End the loop; whatever waits fails."""
         self._loop.cancel()
 
 
-def _fail(waiters: list[_Waiter], cause: BaseException | None) -> None:
+def _fail(waiters: Iterable[Waiter], cause: BaseException | None) -> None:
     for waiter in waiters:
         if not waiter.answer.done():
             error = BatchLoopDied("the batch loop has ended")

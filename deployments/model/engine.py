@@ -12,7 +12,7 @@ from adapters.artifact import Artifact, read_artifact, under_rules
 from adapters.errors import AdapterRefused
 from adapters.store import RULES, Files
 from deployments.base import BaseName
-from deployments.config import GIB
+from deployments.config import GIB, Args
 from deployments.model.bank import Packed
 from deployments.model.encoder import Encoder, Logits, default_dtype
 from deployments.model.quantize import choose
@@ -27,6 +27,10 @@ class BadRow(ValueError):
 
 class EmptySlot(BadRow):
     """A row whose slot holds no adapter, because it could not be written."""
+
+
+class DoesNotFit(MemoryError):
+    """Rows whose forward takes more memory than there is; what it took is free again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +101,7 @@ class Engine:
             tokenizer=base_tokenizer(self.encoder),
         )
         config = self.encoder.config.get_text_config()
-        self._num_ids: int = config.vocab_size
+        self.num_ids: int = config.vocab_size
         self._pad_id = self.encoder.pad_id or 0  # any will do where the base has none
         self._residents: dict[int, Artifact] = {}
 
@@ -167,8 +171,8 @@ class Engine:
         longest = self.encoder.max_positions
         if longest is not None and len(ids) > longest:
             return BadRow(f"{len(ids)} tokens exceed the base's {longest} positions")
-        if min(ids) < 0 or max(ids) >= self._num_ids:
-            return BadRow(f"a token id is outside the base's vocabulary of {self._num_ids}")
+        if min(ids) < 0 or max(ids) >= self.num_ids:
+            return BadRow(f"a token id is outside the base's vocabulary of {self.num_ids}")
         if type_ids is not None and len(type_ids) != len(ids):
             return BadRow(f"{len(type_ids)} type ids for {len(ids)} token ids")
         return None
@@ -227,16 +231,50 @@ class Engine:
                         answers[index] = prediction
         return answers  # type: ignore[return-value]  # no None is left
 
+    def gives_numbers(self, num_rows: int = 1, num_tokens: int = 8) -> bool:
+        """Run rows of the plain base, no adapter with them; tell whether it gives finite numbers.
+
+        If it does not, no adapter's answer on this device is worth anything.
+        """
+        self.encoder.bank.route([0] * num_rows)
+        ids = (torch.arange(num_tokens) % (self.num_ids - 1) + 1).repeat(num_rows, 1)
+        ids = ids.to(self.device)
+        with torch.inference_mode():
+            hidden = self.encoder.model.base_model(ids, attention_mask=torch.ones_like(ids))[0]
+        return bool(hidden.isfinite().all())
+
     def _answer(self, rows: Sequence[Row]) -> Logits:
         """Run one forward without gradients; if it does not fit, free what it took, and raise."""
         try:
             with torch.inference_mode():
                 return self.forward(rows)
-        except torch.OutOfMemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
             # The traceback would keep every layer's tensors while the halves of the batch run.
             traceback.clear_frames(error.__traceback__)
             torch.cuda.empty_cache()
-            raise
+            tokens = len(rows) * max(row.num_tokens for row in rows)
+            what = f"a forward of {tokens} tokens does not fit into memory: {error}"
+            raise DoesNotFit(what) from None
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Tell; of a CPU torch says it in words only."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "DefaultCPUAllocator" in str(error)
+
+
+def make_engine(args: Args) -> Engine:
+    """Make the engine that a configuration describes; see `Engine`."""
+    return Engine(
+        args.base_model,
+        quantization=args.quantization,
+        device=args.device,
+        bank_bytes=int(args.bank_gib * GIB),
+        base_aliases=args.base_aliases,
+    )
 
 
 def choose_device(device: str) -> torch.device:

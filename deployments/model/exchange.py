@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, NamedTuple
 
@@ -77,6 +77,14 @@ class Box:
         return taken, failed
 
 
+class _Sent(NamedTuple):
+    """A row on its way to the queue; see `deployments.rows.Row`."""
+
+    tokens: Tokens
+    request: int
+    deadline_s: float | None
+
+
 class Ways(NamedTuple):
     """How a replica answers a row.
 
@@ -84,11 +92,13 @@ class Ways(NamedTuple):
         pin: Holds a version in a slot, which it yields; raises AdapterError.
         enter: Puts a row into the queue; the future has its prediction, or what befell it.
         as_data: Turns a prediction, or what befell the row alone, into its answer; raises the rest.
+        promise: Hears in how many seconds rows of a task should be answered.
     """
 
     pin: Callable[[str, str], AbstractAsyncContextManager[int]]
     enter: Callable[[Row], asyncio.Future[Any]]
     as_data: Callable[[Any], Answer]
+    promise: Callable[[str, float], None]
 
 
 class Exchange:
@@ -128,7 +138,7 @@ class Exchange:
         box.seen_s = time.monotonic()
         box.forget(gone)
         for parcel in parcels:
-            self._begin(box, Parcel(*parcel))
+            self._begin(ingress, box, Parcel(*parcel))
         box.wake()
         if box.rows and not box.has_news:
             box.waiting = waiting = asyncio.get_running_loop().create_future()
@@ -149,17 +159,28 @@ class Exchange:
         """Reply to a call that was meant for another replica."""
         return {"replica": self.replica, "answers": [], "failed": [], "residency": None}
 
-    def _begin(self, box: Box, parcel: Parcel) -> None:
-        box.rows.update((row, None) for row, _, _ in parcel.rows)
-        running = asyncio.get_running_loop().create_task(self._answer(box, parcel))
+    def _begin(self, ingress: str, box: Box, parcel: Parcel) -> None:
+        if parcel.latency_target_ms is not None:
+            self._ways.promise(parcel.task, parcel.latency_target_ms / 1000)
+        now_s = time.monotonic()
+        rows = {
+            number: _Sent(
+                Tokens(ids, type_ids),
+                hash((ingress, question)),
+                None if left_s is None else now_s + left_s,
+            )
+            for number, ids, type_ids, question, left_s in parcel.rows
+        }
+        box.rows.update(dict.fromkeys(rows))
+        running = asyncio.get_running_loop().create_task(self._answer(box, parcel, rows))
         self._running.add(running)
         running.add_done_callback(self._running.discard)
 
-    async def _answer(self, box: Box, parcel: Parcel) -> None:
+    async def _answer(self, box: Box, parcel: Parcel, rows: Mapping[int, _Sent]) -> None:
         """Have a parcel's rows answered while its version is pinned, once for all of them."""
         try:
             async with self._ways.pin(parcel.task, parcel.version) as slot:
-                await self._through_the_queue(box, parcel, slot)
+                await self._through_the_queue(box, parcel, rows, slot)
         except Exception as error:
             told: Exception = error
             if not isinstance(error, (AdapterError, BatchLoopDied)):
@@ -167,10 +188,12 @@ class Exchange:
                 told = RuntimeError(
                     "the model failed; its log says why"
                 )  # the other may not pickle
-            for row, _, _ in parcel.rows:
+            for row in rows:
                 box.settle(row, told)
 
-    async def _through_the_queue(self, box: Box, parcel: Parcel, slot: int) -> None:
+    async def _through_the_queue(
+        self, box: Box, parcel: Parcel, rows: Mapping[int, _Sent], slot: int
+    ) -> None:
         left = 0
         over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -182,10 +205,13 @@ class Exchange:
             if not prediction.cancelled():
                 box.settle(row, self._to_answer(prediction))
 
-        for row, ids, type_ids in parcel.rows:
+        for row, (tokens, request, deadline_s) in rows.items():
             if row not in box.rows:
                 continue  # its caller has gone while the version loaded
-            entered = self._ways.enter(Row(slot, Tokens(ids, type_ids), parcel.problem_type))
+            kind, share, priority = parcel.problem_type, parcel.task, parcel.priority
+            entered = self._ways.enter(
+                Row(slot, tokens, kind, share, request, priority, deadline_s)
+            )
             box.rows[row] = entered
             left += 1
             entered.add_done_callback(lambda done, row=row: ended(row, done))  # type: ignore[misc]

@@ -38,6 +38,8 @@ def to_facts(artifact: Artifact, max_length: int) -> Facts:
         negative_label=rules.negative_label,
         aggregation=(rules.aggregation or "simple") if of_tokens else None,
         pair=rules.pair,
+        priority=rules.priority or "normal",
+        latency_target_ms=rules.latency_target_ms,
         guessed=guessed,
         rules=rules.revision,
         method=spec.method,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -33,23 +33,71 @@ class Planner:
         Returns:
             Indices into `lengths`, ascending; 0 is always among them, so no row waits for ever.
         """
-        oldest = lengths[0]
-        joining = {n for n in set(lengths) if self._may_share(max(n, oldest), min(n, oldest))}
-        nearest = [index for index, length in enumerate(lengths) if index and length in joining]
-        # A longer row pads all others, a shorter one only itself: its distance counts twice.
+        oldest, filling = lengths[0], self.start(lengths[0])
+        nearest = [i for i, n in enumerate(lengths) if i and filling.fits(n)]
         # Stable: of equal distances the older row goes first.
-        nearest.sort(key=[max(oldest - n, 2 * (n - oldest)) for n in lengths].__getitem__)
-        picked, longest, shortest = [0], oldest, oldest
+        nearest.sort(key=[_distance(n, oldest) for n in lengths].__getitem__)
+        picked = [0]
         for index in nearest:
-            if len(picked) == self.max_rows or (len(picked) + 1) * longest > self.max_tokens:
+            if filling.full:
                 break
-            high = max(longest, lengths[index])
-            low = min(shortest, lengths[index])
-            if (len(picked) + 1) * high <= self.max_tokens and self._may_share(high, low):
+            if filling.offer(lengths[index]):
                 picked.append(index)
-                longest, shortest = high, low
         return sorted(picked)
 
-    def _may_share(self, longest: int, shortest: int) -> bool:
+    def start(self, length: int) -> Filling:
+        """Begin a batch with the row that goes whatever else does, of so many tokens."""
+        return Filling(self, length)
+
+    def may_share(self, longest: int, shortest: int) -> bool:
         """Whether the shortest row may be padded to the longest."""
         return longest <= self.max_stretch * max(shortest, self.short_tokens)
+
+
+class Filling:
+    """A batch that rows are offered to."""
+
+    def __init__(self, planner: Planner, length: int) -> None:
+        """Begin with a row of so many tokens, under a planner's limits."""
+        self._planner = planner
+        self._lead = self._longest = self._shortest = length
+        self._num_rows = 1
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens that it may have, padded."""
+        return self._planner.max_tokens
+
+    @property
+    def full(self) -> bool:
+        """Whether no row at all has room in it."""
+        planner, more = self._planner, self._num_rows + 1
+        return more > planner.max_rows or more * self._longest > planner.max_tokens
+
+    def near(self, lengths: Iterable[int]) -> list[int]:
+        """Return those of some lengths that may go with the first row, the best ones first.
+
+        A longer row pads all others, a shorter one only itself: its distance counts twice.
+        """
+        return sorted(filter(self.fits, lengths), key=lambda n: _distance(n, self._lead))
+
+    def fits(self, length: int) -> bool:
+        """Whether a row of so many tokens has room now; if not, it will not later either."""
+        longest, shortest = max(self._longest, length), min(self._shortest, length)
+        return (
+            self._num_rows < self._planner.max_rows
+            and (self._num_rows + 1) * longest <= self._planner.max_tokens
+            and self._planner.may_share(longest, shortest)
+        )
+
+    def offer(self, length: int) -> bool:
+        """Take a row of so many tokens if it has room; tell whether it was taken."""
+        if not self.fits(length):
+            return False
+        self._num_rows += 1
+        self._longest, self._shortest = max(self._longest, length), min(self._shortest, length)
+        return True
+
+
+def _distance(length: int, lead: int) -> int:
+    return 2 * (length - lead) if length > lead else lead - length

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -10,9 +9,13 @@ import torch
 from deployments.rows import Prediction, Row
 
 
+class NoNumber(ArithmeticError):
+    """A row for which the model gave NaN or infinity, which says nothing; the message says so."""
+
+
 def to_predictions(
     logits: torch.Tensor, num_labels: Sequence[int], rows: Sequence[Row]
-) -> list[Prediction]:
+) -> list[Prediction | Exception]:
     """Score a batch, each row by its own problem type.
 
     Args:
@@ -24,7 +27,7 @@ def to_predictions(
     Returns:
         A prediction a row: softmax for one label of many (stable for any logits), sigmoid for
         any of many, the logits themselves for regression; of a token classifier the softmax of
-        each token.
+        each token. `NoNumber` in the place of one whose logits are not finite.
     """
     if logits.ndim == 3:
         return [
@@ -34,12 +37,16 @@ def to_predictions(
     logits = logits.float().cpu()
     counts = torch.tensor(num_labels).unsqueeze(1)
     absent = torch.arange(logits.shape[1]).unsqueeze(0) >= counts
+    finite = (logits.isfinite() | absent).all(dim=1).tolist()
     softmax = logits.masked_fill(absent, float("-inf")).softmax(dim=1).tolist()
     sigmoid = logits.sigmoid().tolist()
-    predictions = []
+    predictions: list[Prediction | Exception] = []
     for index, (values, count, row) in enumerate(
         zip(logits.tolist(), num_labels, rows, strict=True)
     ):
+        if not finite[index]:
+            predictions.append(_no_number())
+            continue
         if row.problem_type == "single_label_classification":
             scores = softmax[index][:count]
         elif row.problem_type == "multi_label_classification":
@@ -50,14 +57,12 @@ def to_predictions(
     return predictions
 
 
-def _of_tokens(logits: torch.Tensor) -> Prediction:
+def _of_tokens(logits: torch.Tensor) -> Prediction | Exception:
     """Score one row's tokens, [tokens, labels]."""
+    if not logits.isfinite().all():
+        return _no_number()
     return Prediction(logits.tolist(), logits.softmax(dim=1).tolist())
 
 
-def are_finite(scores: list[float] | list[list[float]]) -> bool:
-    """Tell whether all scores of a row, or of its tokens, are numbers."""
-    return all(
-        all(map(math.isfinite, score)) if isinstance(score, list) else math.isfinite(score)
-        for score in scores
-    )
+def _no_number() -> NoNumber:
+    return NoNumber("the model gave no number for this input, but NaN or infinity")

@@ -27,6 +27,8 @@ GOOD: Facts = {
     "negative_label": None,
     "aggregation": None,
     "pair": False,
+    "priority": "normal",
+    "latency_target_ms": None,
     "guessed": [],
     "rules": "44136fa3",
     "method": "lora",

@@ -36,7 +36,7 @@ class Replica:
         for number in gone:
             self.rows.pop(number, None)
         for parcel in parcels:
-            self.rows.update((number, ids) for number, ids, _ in parcel.rows)
+            self.rows.update((number, ids) for number, ids, *_ in parcel.rows)
         if self._waiting is not None:
             self._waiting.set()
         mine = self._waiting = asyncio.Event()
@@ -112,8 +112,8 @@ async def test_rows_of_one_turn_leave_in_one_call_one_parcel_a_version(box: Box)
     questions = [box.ask(n, version=f"{n % 2}" * 8) for n in range(1, 11)]
     await settle()
     ((first, second),) = box.replica.calls
-    assert [ids[0] for _, ids, _ in first.rows] == [1, 3, 5, 7, 9]
-    assert [ids[0] for _, ids, _ in second.rows] == [2, 4, 6, 8, 10]
+    assert [ids[0] for _, ids, *_ in first.rows] == [1, 3, 5, 7, 9]
+    assert [ids[0] for _, ids, *_ in second.rows] == [2, 4, 6, 8, 10]
     box.replica.answer()
     assert [await q.answers for q in questions] == [[[float(n)]] for n in range(1, 11)]
     assert box.num_done == 10
@@ -245,5 +245,5 @@ async def test_no_call_is_larger_than_a_message(box: Box, monkeypatch: pytest.Mo
         box.replica.answer()
     assert await asyncio.wait_for(question.answers, 1) == [[float(n)] for n in range(1, 11)]
     assert await asyncio.wait_for(other.answers, 1) == [[99.0]]
-    tokens = [sum(len(ids) for p in call for _, ids, _ in p.rows) for call in box.replica.calls]
+    tokens = [sum(len(ids) for p in call for _, ids, *_ in p.rows) for call in box.replica.calls]
     assert max(t for t in tokens if t != 20) == 10

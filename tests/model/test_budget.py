@@ -163,3 +163,28 @@ def test_a_device_has_its_own_budget(device: str, given: Any, most: int, tmp_pat
     planner = make_planner(args, on_cpu=device == "cpu")
     planner.note([most], 1e-6)
     assert planner.max_tokens == most
+
+
+def test_forwards_are_short_while_a_task_with_a_latency_target_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now_s = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    budget = Budget(Planner(64, 4096))
+    taken = simulated(budget, [32] * 400, fixed_s=0.002, token_s=1e-4)
+    assert max(taken) > 0.15
+    budget.promise("urgent", 0.1)
+    budget.promise("calm", 5.0)
+    taken = simulated(budget, [32] * 400, fixed_s=0.002, token_s=1e-4)
+    assert 0.02 < max(taken[2:]) <= 0.04  # one to wait for, one of its own
+    now_s += 31
+    taken = simulated(budget, [32] * 400, fixed_s=0.002, token_s=1e-4)
+    assert max(taken) > 0.15
+
+
+def test_a_target_that_cannot_be_kept_does_not_make_forwards_ever_shorter() -> None:
+    budget = Budget(Planner(64, 4096))
+    simulated(budget, [32] * 400, fixed_s=0.05, token_s=1e-4)
+    budget.promise("urgent", 0.01)
+    simulated(budget, [32] * 800, fixed_s=0.05, token_s=1e-4)
+    assert budget.max_tokens > 200

@@ -4,14 +4,20 @@ from typing import Any
 
 import pytest
 
+from adapters.rules import Priority
 from deployments.model.deployment import Model
 from deployments.model.dynamic_batch import BatchLoopDied, batch_queue, dynamic_batch
-from deployments.model.planner import Planner
+from deployments.model.health import Health
+from deployments.model.planner import Filling, Planner
 
 
 @dataclass(frozen=True)
 class Line:
     num_tokens: int = 5
+    share: str = "a"
+    request: int = 0
+    priority: Priority = "normal"
+    deadline_s: float | None = None
 
 
 class Mortal:
@@ -72,7 +78,9 @@ async def test_a_forward_that_ends_the_loop_fails_all_waiters(fault: BaseExcepti
 
 
 class BrokenPlanner:
-    def pick(self, lengths: list[int]) -> list[int]:
+    tokens_per_s = 0.0
+
+    def start(self, length: int) -> Filling:
         raise ZeroDivisionError("no plan")
 
 
@@ -107,6 +115,7 @@ async def test_an_error_that_is_no_end_leaves_the_loop_alive() -> None:
 async def test_a_dead_loop_fails_the_health_check() -> None:
     model = Model.__new__(Model)  # without its base: no row gets as far as that
     model.planner = BrokenPlanner()
+    model.health = Health()
     await model.check_health()
     with pytest.raises(BatchLoopDied):
         await model.answer(Line())

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from adapters.rules import Priority
 from deployments.model.dynamic_batch import batch_queue, dynamic_batch
 from deployments.model.planner import Planner
 
@@ -16,6 +17,10 @@ from deployments.model.planner import Planner
 class Line:
     text: str
     adapter: str = "a"
+    share: str = "a"
+    request: int = 0
+    priority: Priority = "normal"
+    deadline_s: float | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -230,16 +235,8 @@ async def test_a_wrong_number_of_answers_answers_nobody(
     assert await speller.answer(Line("later")) == "a says later"
 
 
-async def test_a_planner_that_picks_nothing_still_runs_the_oldest_row(speller: Speller) -> None:
-    class Idle:
-        num_picks = 0
-
-        def pick(self, lengths: list[int]) -> list[int]:
-            self.num_picks += 1
-            assert self.num_picks < 9, "the loop spins"
-            return []
-
-    speller.planner = Idle()
+async def test_a_planner_that_admits_nothing_still_runs_every_row(speller: Speller) -> None:
+    speller.planner = Planner(max_rows=0, max_tokens=0)
     assert await asyncio.gather(*speller.send(Line("x"), Line("y"))) == ["a says x", "a says y"]
     assert speller.sizes == [1, 1]
 

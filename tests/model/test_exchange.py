@@ -1,6 +1,7 @@
 """Calls of ingresses over a queue that answers when the test says. No base, no Ray."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -23,6 +24,8 @@ class Queue:
     def __init__(self) -> None:
         self.rows: dict[int, asyncio.Future[Any]] = {}
         self.gates: dict[str, asyncio.Event] = {}
+        self.entered: list[Row] = []
+        self.promised: dict[str, float] = {}
         self.error: Exception | None = None
         self.num_pins = self.num_held = 0
 
@@ -40,10 +43,14 @@ class Queue:
             self.num_held -= 1
 
     def enter(self, row: Row) -> asyncio.Future[Any]:
-        assert row.slot == 7
+        assert (row.slot, row.share, row.priority) == (7, "mood", "high")
+        self.entered.append(row)
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.rows[row.tokens.ids[0]] = answer
         return answer
+
+    def promise(self, task: str, target_s: float) -> None:
+        self.promised[task] = target_s
 
     def answer(self, *firsts: int) -> None:
         for first in firsts:
@@ -63,13 +70,22 @@ def queue() -> Queue:
 
 @pytest.fixture
 def replica(queue: Queue) -> Exchange:
-    return Exchange("r", Ways(queue.pin, queue.enter, as_data), News())
+    return Exchange("r", Ways(queue.pin, queue.enter, as_data, queue.promise), News())
 
 
 def call(
-    replica: Exchange, *rows: int, version: str = "a", gone: Any = (), ingress: str = "one"
+    replica: Exchange,
+    *rows: int,
+    version: str = "a",
+    gone: Any = (),
+    ingress: str = "one",
+    left_s: float | None = None,
 ) -> asyncio.Task[Reply]:
-    parcels = [Parcel("mood", version, KIND, [(n, [n], None) for n in rows])] if rows else []
+    parcels = (
+        [Parcel("mood", version, KIND, "high", 50, [(n, [n], None, n // 10, left_s) for n in rows])]
+        if rows
+        else []
+    )
     return asyncio.ensure_future(replica.call(ingress, 0, parcels, gone))
 
 
@@ -124,6 +140,21 @@ async def test_a_cold_version_holds_back_no_other(replica: Exchange, queue: Queu
     await settle()
     queue.answer(1)
     assert (await asyncio.wait_for(last, 1))["answers"] == [(1, [1.0])]
+
+
+async def test_what_the_queue_goes_by_comes_with_every_row(replica: Exchange, queue: Queue) -> None:
+    before_s = time.monotonic()
+    call(replica, 10, 11, 20, left_s=5.0)
+    call(replica, 12, ingress="other")
+    await settle()
+    assert queue.promised == {"mood": 0.05}
+    first, same, second, others = queue.entered
+    assert first.request == same.request
+    assert len({first.request, second.request, others.request}) == 3
+    for row in (first, same, second):
+        assert row.deadline_s is not None
+        assert before_s + 5 <= row.deadline_s <= time.monotonic() + 5
+    assert others.deadline_s is None
 
 
 async def test_gone_rows_are_dropped_in_the_queue_and_before_it(

@@ -88,3 +88,10 @@ def test_windows_share_a_quarter_and_give_their_maximum_unless_said() -> None:
     assert (of_tokens["stride"], of_tokens["window_scores"]) == (128, None)
     without = facts()
     assert without["stride"] is without["window_scores"] is without["negative_label"] is None
+
+
+def test_priority_is_normal_and_no_latency_is_promised_unless_said() -> None:
+    said = facts()
+    assert (said["priority"], said["latency_target_ms"]) == ("normal", None)
+    said = facts(priority="high", latency_target_ms=50)
+    assert (said["priority"], said["latency_target_ms"]) == ("high", 50)

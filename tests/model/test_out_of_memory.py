@@ -13,7 +13,7 @@ from peft import PeftModel
 from adapters.directory import Directory
 from deployments.model.dynamic_batch import dynamic_batch
 from deployments.model.encoder import Encoder
-from deployments.model.engine import Engine
+from deployments.model.engine import DoesNotFit, Engine
 from deployments.model.planner import Planner
 from deployments.rows import Prediction, Row, Tokens
 
@@ -74,7 +74,7 @@ async def test_a_row_that_does_not_fit_alone_fails_alone(
     rows = [Row(1, Tokens([5] * length)) for length in (4, 4, 30, 4)]
     got = await asyncio.gather(*(small.answer(row) for row in rows), return_exceptions=True)
     assert [type(one) for one in got] == [
-        Prediction, Prediction, torch.OutOfMemoryError, Prediction,
+        Prediction, Prediction, DoesNotFit, Prediction,
     ]  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def test_memory_that_was_reserved_is_given_back(
         "empty_cache",
         lambda: alive_at_release.append([ref() is not None for ref in small.held]),
     )
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(DoesNotFit):
         engine.predict([Row(1, Tokens([5, 6]))])
     assert alive_at_release == [[False]], "what is alive is not given back"
 

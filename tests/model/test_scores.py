@@ -1,10 +1,9 @@
 import math
-from typing import Any
 
 import pytest
 import torch
 
-from deployments.model.scores import are_finite, to_predictions
+from deployments.model.scores import to_predictions
 from deployments.rows import ProblemType, Row, Tokens
 
 SINGLE: ProblemType = "single_label_classification"
@@ -71,17 +70,3 @@ def test_a_neighbours_logits_never_count() -> None:
     first, _ = to_predictions(logits, [2, 2], [row(SINGLE)] * 2)
     (alone,) = to_predictions(logits[:1], [2], [row(SINGLE)])
     assert first == alone
-
-
-@pytest.mark.parametrize(
-    ("scores", "finite"),
-    [
-        ([0.5, 0.5], True),
-        ([0.5, float("nan")], False),
-        ([float("inf")], False),
-        ([[0.1, 0.9], [0.2, 0.8]], True),
-        ([[0.1, 0.9], [0.2, float("-inf")]], False),
-    ],
-)
-def test_scores_that_are_no_numbers_are_told(scores: list[Any], finite: bool) -> None:
-    assert are_finite(scores) is finite

@@ -1,0 +1,288 @@
+"""Who goes next: fair shares of the tokens, over priorities, tasks and requests. Plain Python.
+
+The row that leads a batch is that of the priority, the task and the request with the least service,
+as in start-time fair queueing (Goyal, Vin and Cheng, 1996); the rest of the batch are rows near to
+it in length, again of those with the least service first. So however many rows a task sends, or a
+request has, a row of another one leads the next batch.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from adapters.rules import Priority
+from deployments.model.planner import Filling
+from deployments.model.waiter import Waiter, Waits
+
+# Of the tokens, while all of them wait: 16/21, 4/21, 1/21. Within that a higher one goes at once.
+WEIGHTS: dict[Priority, int] = {"high": 16, "normal": 4, "low": 1}
+# Beside other requests of its task, a request has its turn for so many tokens at a time: of those
+# the ones go that fit best. Short ones have their turns in the order they came.
+_TURN_TOKENS = 256
+# Beside more requests than these it waits no longer: else it would for ever, as more and more come.
+_MOST_BESIDE = 16
+# A batch is filled in so many turns, in each of which everyone may have a part of it.
+_TURNS = 8
+# Of more tasks than these, the others only have what they leave.
+_MOST_COMPARED = 128
+
+
+class Starts(Protocol):
+    """What limits a batch; see `deployments.model.planner.Planner`."""
+
+    def start(self, length: int) -> Filling:
+        """Begin a batch with a row of so many tokens."""
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    start: float
+    num_tokens: int = 0  # of all its rows so far
+    num_rows: int = 0  # that wait
+
+
+@dataclass(slots=True, eq=False)
+class _Task:
+    """A task of which rows wait.
+
+    Attributes:
+        served: Tokens that went, on the level's clock.
+        clock: What each of its requests has had, if each had the same and they are not many.
+        heaps: Rows by length; of each (when it is due on the clock, number, row).
+    """
+
+    name: str
+    level: _Level
+    served: float
+    clock: float = 0.0
+    num_rows: int = 0
+    requests: dict[int, _Request] = field(default_factory=dict)
+    heaps: dict[int, list[tuple[float, int, Waiter]]] = field(default_factory=dict)
+
+    def first(self) -> int:
+        """Return the length of the row that is due first."""
+        return min(self.heaps, key=lambda length: self.heaps[length][0][:2])
+
+
+@dataclass(slots=True, eq=False)
+class _Level:
+    """A priority: its tasks of which rows wait, and what others had that may come again."""
+
+    weight: int
+    served: float = 0.0
+    clock: float = 0.0
+    tasks: dict[str, _Task] = field(default_factory=dict)
+    left: dict[str, float] = field(default_factory=dict)
+
+
+class Shares:
+    """Rows that wait, and which go next.
+
+    Attributes:
+        num_tokens: Of all rows that wait.
+    """
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._number = 0
+        self._start()
+
+    def _start(self) -> None:
+        """Begin all accounts anew: whoever comes next has nobody to share with."""
+        self.num_tokens = self._num_rows = self._num_gone = 0
+        self._levels = {name: _Level(weight) for name, weight in WEIGHTS.items()}
+        self._clock = 0.0
+        self._at: dict[int, dict[_Task, None]] = {}  # whose rows there are, by length
+
+    def __len__(self) -> int:
+        """How many rows wait."""
+        return self._num_rows
+
+    def add(self, waiter: Waiter) -> None:
+        """Let a row wait."""
+        row: Waits = waiter.row
+        task, length = self._task(row), row.num_tokens
+        request = task.requests.get(row.request)
+        if request is None:
+            request = task.requests[row.request] = _Request(task.clock)
+        request.num_tokens += length
+        request.num_rows += 1
+        task.num_rows += 1
+        self._number += 1
+        due = request.start + -(-request.num_tokens // _TURN_TOKENS) * _TURN_TOKENS
+        heapq.heappush(task.heaps.setdefault(length, []), (due, self._number, waiter))
+        self._at.setdefault(length, {})[task] = None
+        waiter.gone = False
+        self._num_rows += 1
+        self.num_tokens += length
+
+    def discard(self, waiter: Waiter) -> None:
+        """Let a row wait no more, if it does."""
+        if waiter.gone:
+            return
+        self._num_gone += 1
+        self._forget(waiter, self._levels[waiter.row.priority].tasks[waiter.row.share])
+        if self._num_gone > 1024 + self._num_rows:
+            self._sweep()
+
+    def clear(self) -> list[Waiter]:
+        """Let no row wait any more; return those that did."""
+        waiters = [one[2] for heap in self._heaps() for one in heap if not one[2].gone]
+        for waiter in waiters:
+            waiter.gone = True
+        self._start()
+        return waiters
+
+    def take(self, planner: Starts, taken: list[Waiter]) -> None:
+        """Choose the next batch from all that wait, of whom there must be some.
+
+        Args:
+            planner: Limits it.
+            taken: What goes, added as it is chosen, so that nothing is lost if the planner raises.
+        """
+        waiting = [level for level in self._levels.values() if level.tasks]
+        for level in waiting:
+            level.clock = max(level.clock, min(task.served for task in level.tasks.values()))
+        level = min(waiting, key=lambda level: level.served)  # of equal ones the highest
+        self._clock = max(self._clock, level.served)
+        task = min(level.tasks.values(), key=lambda task: task.served)
+        length = task.first()
+        filling = planner.start(length)
+        taken.append(self._pop(task, length))
+        tasks = [task for level in waiting for task in level.tasks.values()]
+        if len(tasks) > _MOST_COMPARED:
+            tasks = heapq.nsmallest(_MOST_COMPARED, tasks, key=self._ahead)
+        limit, lengths = 0.0, filling.near(self._at)
+        while lengths and not filling.full:
+            limit += filling.max_tokens / _TURNS
+            lags = {n: self._fill(filling, n, tasks, limit, taken) for n in lengths}
+            lengths = [n for n in lengths if lags[n] < math.inf]
+            limit = max(limit, min(lags.values()))
+        for length in filling.near(self._at):
+            for task in list(self._at.get(length, ())):
+                while length in task.heaps and filling.offer(length):
+                    taken.append(self._pop(task, length))
+
+    def _fill(
+        self,
+        filling: Filling,
+        length: int,
+        tasks: Sequence[_Task],
+        limit: float,
+        taken: list[Waiter],
+    ) -> float:
+        """Take rows of a length, of tasks that have had no more than a limit over their share.
+
+        Returns:
+            How much more the next one has had, in tokens; infinite if none of that length can go.
+        """
+        if not filling.fits(length):
+            return math.inf
+        lags = [
+            (self._lag(task, length), -task.level.weight, task.name, task)
+            for task in tasks
+            if length in task.heaps
+        ]
+        heapq.heapify(lags)
+        while lags and filling.fits(length):
+            lag, rank, name, task = lags[0]
+            if lag > limit:
+                return lag
+            filling.offer(length)
+            taken.append(self._pop(task, length))
+            if length in task.heaps:
+                heapq.heapreplace(lags, (self._lag(task, length), rank, name, task))
+            else:
+                heapq.heappop(lags)
+        return math.inf
+
+    def _lag(self, task: _Task, length: int) -> float:
+        """Return how many tokens over its share a row is: as priority, as task or as request."""
+        lag = self._ahead(task)
+        if len(task.requests) == 1:  # nobody is kept waiting by whichever of its rows go
+            return lag
+        return max(lag, task.heaps[length][0][0] - task.clock)
+
+    def _ahead(self, task: _Task) -> float:
+        return max(task.level.served - self._clock, task.served - task.level.clock)
+
+    def _pop(self, task: _Task, length: int) -> Waiter:
+        """Take the first row of a task and length, and count it as its service."""
+        waiter = heapq.heappop(task.heaps[length])[2]
+        task.clock += length / min(len(task.requests), _MOST_BESIDE)
+        task.served += length
+        task.level.served += length / task.level.weight
+        self._forget(waiter, task)
+        return waiter
+
+    def _forget(self, waiter: Waiter, task: _Task) -> None:
+        """Count a row as waiting no more; with its task's last one the task leaves."""
+        waiter.gone = True
+        request = task.requests[waiter.row.request]
+        request.num_rows -= 1
+        if not request.num_rows:
+            del task.requests[waiter.row.request]
+        task.num_rows -= 1
+        self._num_rows -= 1
+        self.num_tokens -= waiter.row.num_tokens
+        if not task.num_rows:
+            self._leave(task)
+        else:
+            self._prune(task, waiter.row.num_tokens)
+
+    def _prune(self, task: _Task, length: int) -> None:
+        """Bring a row that waits to the top of a heap; without one the heap goes."""
+        heap = task.heaps.get(length)
+        if heap is None:
+            return
+        while heap and heap[0][2].gone:
+            heapq.heappop(heap)
+            self._num_gone = max(0, self._num_gone - 1)
+        if not heap:
+            del task.heaps[length]
+            self._unlist(task, length)
+
+    def _unlist(self, task: _Task, length: int) -> None:
+        del self._at[length][task]
+        if not self._at[length]:
+            del self._at[length]
+
+    def _task(self, row: Waits) -> _Task:
+        """Return a row's task; one that comes again has no more of a claim than who waited."""
+        level = self._levels[row.priority]
+        task = level.tasks.get(row.share)
+        if task is None:
+            if not level.tasks:
+                level.served = max(level.served, self._clock)
+            served = max(level.left.pop(row.share, 0.0), level.clock)
+            task = level.tasks[row.share] = _Task(row.share, level, served)
+        return task
+
+    def _leave(self, task: _Task) -> None:
+        """Take a task without rows out, and remember what it had until others have had as much."""
+        level = task.level
+        for length in list(task.heaps):
+            self._unlist(task, length)
+        task.heaps.clear()
+        del level.tasks[task.name]
+        if task.served > level.clock:
+            level.left[task.name] = task.served
+        if not self._num_rows:
+            self._start()
+        elif len(level.left) > 1024 + len(level.tasks):
+            level.left = {name: had for name, had in level.left.items() if had > level.clock}
+
+    def _heaps(self) -> list[list[tuple[float, int, Waiter]]]:
+        tasks = (task for level in self._levels.values() for task in level.tasks.values())
+        return [heap for task in tasks for heap in task.heaps.values()]
+
+    def _sweep(self) -> None:
+        """Let go of rows that were given up."""
+        for heap in self._heaps():  # none is left empty: its first row waits
+            heap[:] = [one for one in heap if not one[2].gone]
+            heapq.heapify(heap)
+        self._num_gone = 0

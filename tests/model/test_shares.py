@@ -1,0 +1,236 @@
+"""Fair shares of the queue, on rows that take as long as they have tokens."""
+
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from adapters.rules import Priority
+from deployments.model.planner import Filling, Planner
+from deployments.model.shares import Shares
+from deployments.model.waiter import Waiter
+
+PLANNER = Planner(max_rows=16, max_tokens=512, max_stretch=1.25, short_tokens=8)
+PRIORITIES: tuple[Priority, ...] = ("high", "normal", "low")
+NUMBERS = count()
+
+
+@dataclass(frozen=True)
+class Item:
+    num_tokens: int = 20
+    share: str = "bulk"
+    request: int = 0
+    priority: Priority = "normal"
+    deadline_s: float | None = None
+
+
+ITEMS = st.builds(
+    Item,
+    num_tokens=st.integers(4, 200),
+    share=st.sampled_from("abc"),
+    request=st.integers(0, 4),
+    priority=st.sampled_from(PRIORITIES),
+)
+EQUALS = st.builds(
+    Item,
+    num_tokens=st.integers(4, 200),
+    share=st.sampled_from("abc"),
+    request=st.integers(0, 4),
+)
+
+
+def wait(shares: Shares, *items: Item) -> list[Waiter]:
+    waiters = [Waiter(item) for item in items]
+    for waiter in waiters:
+        shares.add(waiter)
+    return waiters
+
+
+def take(shares: Shares, planner: Planner = PLANNER) -> list[Item]:
+    taken: list[Waiter] = []
+    shares.take(planner, taken)
+    return [waiter.row for waiter in taken]
+
+
+def singles(share: str, num: int, tokens: int = 20, priority: Priority = "normal") -> list[Item]:
+    return [Item(tokens, share, next(NUMBERS), priority) for _ in range(num)]
+
+
+def fits(items: Sequence[Item]) -> bool:
+    lengths = [item.num_tokens for item in items]
+    return len(items) == 1 or (
+        len(items) <= PLANNER.max_rows
+        and len(items) * max(lengths) <= PLANNER.max_tokens
+        and PLANNER.may_share(max(lengths), min(lengths))
+    )
+
+
+@given(st.lists(ITEMS, min_size=1, max_size=120), st.randoms(use_true_random=False))
+@settings(max_examples=150, deadline=None)
+def test_every_row_goes_once_in_batches_that_fit(items: list[Item], dice: random.Random) -> None:
+    shares, waiters, gone, came = Shares(), [], [], []
+    for item in items:
+        waiters += wait(shares, item)
+        if dice.random() < 0.2:
+            dropped = dice.choice(waiters)
+            if not dropped.gone:
+                gone.append(dropped)
+            shares.discard(dropped)
+        if shares and dice.random() < 0.1:
+            batch: list[Waiter] = []
+            shares.take(PLANNER, batch)
+            assert fits([waiter.row for waiter in batch])
+            came += batch
+        left = [waiter.row for waiter in waiters if not waiter.gone]
+        assert len(shares) == len(left)
+        assert shares.num_tokens == sum(item.num_tokens for item in left)
+    while shares:
+        shares.take(PLANNER, came)
+    assert sorted(map(id, came + gone)) == sorted(map(id, waiters))
+
+
+@given(st.lists(EQUALS, max_size=60), st.lists(EQUALS, min_size=1, max_size=12), EQUALS)
+@settings(max_examples=20, deadline=None, phases=(Phase.generate,))
+def test_no_row_waits_for_ever(before: list[Item], flood: list[Item], item: Item) -> None:
+    """Whatever comes with every batch, twice as much as one takes, a row has its turn."""
+    shares = Shares()
+    wait(shares, *before)
+    (waiter,) = wait(shares, item)
+    num_batches = 0
+    while not waiter.gone:
+        take(shares)
+        num_batches += 1
+        for _ in range(2 * PLANNER.max_rows // len(flood) + 1):
+            wait(shares, *(Item(i.num_tokens, i.share, next(NUMBERS), i.priority) for i in flood))
+        assert num_batches < 1500
+    assert waiter.gone
+
+
+@pytest.mark.parametrize("tokens", [3, 20, 200])
+@pytest.mark.parametrize("flood", [singles("bulk", 5000), [Item()] * 5000])
+def test_a_lone_row_of_another_task_leads_the_next_batch(flood: list[Item], tokens: int) -> None:
+    shares = Shares()
+    wait(shares, *flood)
+    for _ in range(20):
+        take(shares)
+        (item,) = singles("mine", 1, tokens)
+        wait(shares, item)
+        assert take(shares)[0] is item
+
+
+def test_a_single_text_does_not_wait_for_a_request_of_1024_windows_of_its_own_task() -> None:
+    shares = Shares()
+    wait(shares, *[Item(128, "long", next(NUMBERS))] * 1024)
+    take(shares)
+    for _ in range(20):
+        items = singles("long", 3, 128)
+        wait(shares, *items)
+        batches = [*take(shares), *take(shares)]
+        assert all(item in batches for item in items)
+
+
+def test_shares_converge_though_one_has_a_hundred_times_as_many_rows() -> None:
+    shares, had, dice = Shares(), Counter[str](), random.Random(0)
+    lengths = list(range(5, 60))
+    wait(shares, *(i for n in lengths for i in singles("many", 200, n)))
+    for _ in range(400):
+        wait(
+            shares,
+            *(i for _ in range(20) for i in singles("few", 1, dice.choice(lengths))),
+        )
+        wait(shares, *(i for _ in range(10) for i in singles("third", 1, dice.choice(lengths))))
+        for item in take(shares):
+            had[item.share] += item.num_tokens
+    whole = sum(had.values())
+    for share in ("many", "few", "third"):
+        assert had[share] / whole == pytest.approx(1 / 3, abs=0.05), had
+
+
+def test_a_task_that_was_away_has_no_claim_to_what_it_did_not_ask_for() -> None:
+    shares = Shares()
+    wait(shares, *singles("busy", 1000), *singles("late", 1))
+    for _ in range(30):
+        take(shares)
+    wait(shares, *singles("late", 1000))
+    had = Counter(item.share for _ in range(10) for item in take(shares))
+    assert had["busy"] == pytest.approx(had["late"], rel=0.2)
+
+
+@pytest.mark.parametrize("priority", ["high", "normal"])
+def test_a_row_of_a_higher_priority_leads_the_next_batch(priority: Priority) -> None:
+    shares = Shares()
+    wait(shares, *singles("bulk", 4000, priority="low"))
+    for task in range(50):  # all of them come anew, and still go after it
+        wait(shares, *singles(f"other{task}", 20, priority="low"))
+    for _ in range(30):
+        (item,) = singles("urgent", 1, 150, priority)
+        wait(shares, item)
+        assert take(shares)[0] is item
+        take(shares)
+
+
+def test_a_flood_of_high_priority_leaves_the_others_their_share() -> None:
+    shares, had = Shares(), Counter[str]()
+    for priority in PRIORITIES:
+        wait(shares, *singles(f"of {priority}", 20_000, 20, priority))
+    for _ in range(600):
+        had.update(item.priority for item in take(shares))
+    whole = sum(had.values())
+    for priority, weight in zip(PRIORITIES, (16, 4, 1), strict=True):
+        assert had[priority] / whole == pytest.approx(weight / 21, rel=0.3), had
+
+
+def test_a_choice_among_a_hundred_thousand_rows_is_a_matter_of_a_millisecond() -> None:
+    shares, dice = Shares(), random.Random(0)
+    for index in range(100_000):
+        wait(shares, Item(dice.randrange(5, 128), f"task{index % 50}", index))
+    taken_s = []
+    for _ in range(100):
+        started_s = time.perf_counter()
+        take(shares)
+        taken_s.append(time.perf_counter() - started_s)
+    assert sorted(taken_s)[50] < 0.02  # 0.4 ms where nobody else computes
+    assert len(shares) > 95_000
+
+
+def test_rows_that_were_given_up_are_let_go_of() -> None:
+    shares = Shares()
+    (kept,) = wait(shares, Item(7))
+    for waiter in wait(shares, *[Item(7)] * 10_000):
+        shares.discard(waiter)
+    assert len(shares) == 1
+    assert sum(len(heap) for heap in shares._heaps()) < 2000
+    assert take(shares) == [kept.row]
+
+
+def test_a_planner_that_raises_loses_no_row() -> None:
+    class Fails:
+        def start(self, length: int) -> Filling:
+            raise ZeroDivisionError
+
+    shares = Shares()
+    waiters = wait(shares, Item(), Item())
+    taken: list[Waiter] = []
+    with pytest.raises(ZeroDivisionError):
+        shares.take(Fails(), taken)
+    assert [*taken, *shares.clear()] == waiters
+    assert len(shares) == shares.num_tokens == 0
+
+
+def test_a_long_request_ends_though_single_texts_of_its_task_never_do() -> None:
+    shares = Shares()
+    waiters = wait(shares, *[Item(20, "mine", next(NUMBERS))] * 100)
+    wait(shares, *singles("mine", 40))
+    num_batches = 0
+    while not all(waiter.gone for waiter in waiters):
+        taken = take(shares)
+        wait(shares, *singles("mine", len(taken)))  # forty of them wait at any time
+        num_batches += 1
+        assert num_batches < 400
+    assert num_batches > 20  # and it does not go before all of them

@@ -1,0 +1,67 @@
+"""What a replica has run, and holds, before it takes traffic."""
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from adapters.directory import Directory
+from deployments.model.budget import Budget
+from deployments.model.deployment import Model
+from deployments.model.engine import Engine
+from deployments.model.planner import Planner
+from deployments.model.warmup import warm_up
+from deployments.rows import Row
+
+Start = Callable[..., Awaitable[Model]]
+
+
+@pytest.fixture
+async def model(start_model: Start, tmp_path: Path) -> Model:
+    return await start_model(Directory(tmp_path), adapter_slots=2)
+
+
+def test_a_base_without_adapters_runs_its_shapes(tiny_base: str) -> None:
+    engine = Engine(tiny_base, quantization="none", device="cpu")
+    planner = Budget(Planner(8, 256))
+    assert planner.tokens_per_s == 0
+    warm_up(engine, planner, [], 20)
+    assert planner.tokens_per_s > 0
+    assert planner.answered_tokens_per_s() > 0
+
+
+async def test_rows_of_all_residents_run_and_no_longer_than_the_base_takes(
+    model: Model, publish_to: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = partial(publish_to, Directory(tmp_path))
+    names = [f"{task}@{publish(task)}" for task in ("one", "two")]
+    await model.residents.bring(names)
+    ran: list[list[Row]] = []
+    real = model.engine.predict
+    monkeypatch.setattr(model.engine, "predict", lambda rows: ran.append(rows) or real(rows))
+    slots = [*model.residents.slots.resident.values()]
+    warm_up(model.engine, Budget(Planner(8, 256)), slots, 40)
+    assert {row.num_tokens for rows in ran for row in rows} == {8, 16, 32}
+    assert {row.slot for rows in ran for row in rows} == {*slots}
+    assert {1, 8} <= {len(rows) for rows in ran}
+
+
+async def test_the_most_wanted_of_the_peers_come_as_far_as_there_are_slots(
+    model: Model, publish_to: Callable[..., str], tmp_path: Path
+) -> None:
+    publish = partial(publish_to, Directory(tmp_path))
+    names = [f"{task}@{publish(task)}" for task in ("one", "two", "three")]
+    await model.residents.bring(names)
+    assert model.residents.hot(9) == names[:2]
+    await model.warm(*names[1].split("@"))
+    assert model.residents.hot(9) == [names[1], names[0]]
+    assert model.residents.hot(1) == [names[1]]
+
+
+async def test_what_cannot_be_had_is_left_for_its_first_request(
+    model: Model, publish_to: Callable[..., str], tmp_path: Path
+) -> None:
+    good = f"one@{publish_to(Directory(tmp_path), 'one')}"
+    await model.residents.bring([good, "nobody@00000000"])
+    assert model.residents.hot(9) == [good]
