@@ -20,14 +20,20 @@ _MAX_CALL_TOKENS = 2**18
 # One that waits at the replica for an answer, and one that is on its way there. That the first
 # comes back tells that the second has arrived.
 _MAX_CALLS = 2
+# A call that came to nothing keeps its place for so long, so that not one follows on another.
+_PAUSE_S = 0.05
 
 
 class ReplicaLost(Exception):
-    """A call did not reach its replica, or its answers will not come."""
+    """The replica is dead, or is to take no rows any more: its rows are to be asked elsewhere."""
 
 
-class NotTaken(ReplicaLost):
-    """The replica takes no rows any more; those that it had may be asked for elsewhere."""
+class CallLost(Exception):
+    """A call did not reach its replica, or not its reply; the replica may be well."""
+
+
+class NotTaken(CallLost):
+    """A call has reached another replica, which took nothing of it."""
 
 
 class Asked(NamedTuple):
@@ -37,11 +43,13 @@ class Asked(NamedTuple):
         question: What it is a part of.
         at: Which of its inputs it is.
         tried: The replicas that could not answer it.
+        lost_s: By the event loop's clock, when a call was lost that it, or its answer, was in.
     """
 
     question: Question
     at: int
     tried: tuple[str, ...] = ()
+    lost_s: float | None = None
 
 
 Exchange = Callable[[Sequence[Parcel], Sequence[int]], Awaitable[Reply]]
@@ -68,7 +76,7 @@ class Outbox:
 
         Args:
             exchange: Calls the replica, see `deployments.model.exchange.Exchange.call`; raises
-                ReplicaLost.
+                ReplicaLost or CallLost.
             heard: Called with each reply.
             done: Called with the number of rows that are not here any more.
             unanswered: Called with rows that are not here any more, and why.
@@ -98,7 +106,8 @@ class Outbox:
         rows = [*self._away.values(), *self._waiting]
         self._away.clear()
         self._waiting.clear()
-        self._give_back(rows, error)
+        self._done(len(rows))
+        self._tell(rows, error)
 
     def _go(self) -> None:
         """Make another call if there is a reason: rows, word of rows that are gone, or answers."""
@@ -118,17 +127,28 @@ class Outbox:
         if self.closed:
             return
         gone, self._gone = self._gone, []
+        parcels = self._pack()
+        sent = [row[0] for parcel in parcels for row in parcel.rows]
         try:
-            reply = await self._exchange(self._pack(), gone)
+            reply = await self._exchange(parcels, gone)
         except ReplicaLost as error:
             self.close(error)
+        except NotTaken as error:
+            self._gone += gone
+            self._take_back(sent, error)
+            await asyncio.sleep(_PAUSE_S)
+        except CallLost as error:
+            await self._doubt(error)
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if current is None or current.cancelling():
+                raise
+            await self._doubt(CallLost("Ray Serve has cancelled a call"))  # nobody here has
         except Exception as error:
-            # Which of the rows it is is not known; none may wait for ever.
             logger.error("a call to a model replica failed", exc_info=error)
-            rows, self._away = [*self._away.values()], {}
-            self._done(len(rows))
-            for row in rows:
+            for row in self._remove(sent):
                 row.question.fail(error)
+            await self._doubt(CallLost(repr(error)))
         else:
             if not self.closed:
                 self._settle(reply)
@@ -136,6 +156,13 @@ class Outbox:
         if current is not None:
             self._calls.discard(current)
         self._go()
+
+    async def _doubt(self, error: CallLost) -> None:
+        """Give back all rows: which of them a lost reply had answers of is not known."""
+        numbers = [*self._away]
+        self._gone += numbers
+        self._take_back(numbers, error)
+        await asyncio.sleep(_PAUSE_S)
 
     def _pack(self) -> list[Parcel]:
         """Take the rows that fit into a call, those of one version together."""
@@ -185,12 +212,19 @@ class Outbox:
         if num_done:
             self._done(num_done)
         for numbers, error in reply["failed"]:
-            rows = [self._away.pop(number) for number in numbers if number in self._away]
-            if rows:
-                self._give_back(rows, error)
+            self._take_back(numbers, error)
 
-    def _give_back(self, rows: Sequence[Asked], error: Exception) -> None:
+    def _remove(self, numbers: Sequence[int]) -> list[Asked]:
+        """Let go of rows that are away; those that are not any more are left out."""
+        rows = [self._away.pop(number) for number in numbers if number in self._away]
         self._done(len(rows))
+        return rows
+
+    def _take_back(self, numbers: Sequence[int], error: Exception) -> None:
+        self._tell(self._remove(numbers), error)
+
+    def _tell(self, rows: Sequence[Asked], error: Exception) -> None:
+        """Say that rows are not answered here, even if they are none: there is something wrong."""
         self._unanswered([row for row in rows if not row.question.over], error)
 
     def _end(self, question: Question) -> None:
