@@ -51,6 +51,11 @@ class Asked(NamedTuple):
     tried: tuple[str, ...] = ()
     lost_s: float | None = None
 
+    @property
+    def num_tokens(self) -> int:
+        """Length in tokens."""
+        return len(self.question.inputs[self.at][0])
+
 
 Exchange = Callable[[Sequence[Parcel], Sequence[int]], Awaitable[Reply]]
 
@@ -78,7 +83,7 @@ class Outbox:
             exchange: Calls the replica, see `deployments.model.exchange.Exchange.call`; raises
                 ReplicaLost or CallLost.
             heard: Called with each reply.
-            done: Called with the number of rows that are not here any more.
+            done: Called with the tokens of rows that are not here any more.
             unanswered: Called with rows that are not here any more, and why.
         """
         self._exchange = exchange
@@ -106,7 +111,7 @@ class Outbox:
         rows = [*self._away.values(), *self._waiting]
         self._away.clear()
         self._waiting.clear()
-        self._done(len(rows))
+        self._count_out(rows)
         self._tell(rows, error)
 
     def _go(self) -> None:
@@ -167,14 +172,15 @@ class Outbox:
     def _pack(self) -> list[Parcel]:
         """Take the rows that fit into a call, those of one version together."""
         parcels: dict[object, Parcel] = {}
-        num_tokens = num_over = 0
+        num_tokens = 0
+        over: list[Asked] = []
         now_s = asyncio.get_running_loop().time()
         while self._waiting:
             row = self._waiting[0]
             question = row.question
             if question.over:
                 self._waiting.popleft()
-                num_over += 1
+                over.append(row)
                 continue
             ids, type_ids = question.inputs[row.at]
             num_tokens += len(ids)
@@ -196,32 +202,34 @@ class Outbox:
                 parcel = parcels[key] = Parcel(*key, [])
             left_s = None if question.deadline_s is None else question.deadline_s - now_s
             parcel.rows.append((number, ids, type_ids, question.number, left_s))
-        if num_over:
-            self._done(num_over)
+        self._count_out(over)
         return [*parcels.values()]
 
     def _settle(self, reply: Reply) -> None:
         """Hand out answers; one that comes twice, or for nobody, is dropped."""
         self._heard(reply)
-        num_done = 0
+        answered: list[Asked] = []
         for number, answer in reply["answers"]:
             row = self._away.pop(number, None)
             if row is not None:
-                num_done += 1
+                answered.append(row)
                 row.question.answer(row.at, answer)
-        if num_done:
-            self._done(num_done)
+        self._count_out(answered)
         for numbers, error in reply["failed"]:
             self._take_back(numbers, error)
 
     def _remove(self, numbers: Sequence[int]) -> list[Asked]:
         """Let go of rows that are away; those that are not any more are left out."""
         rows = [self._away.pop(number) for number in numbers if number in self._away]
-        self._done(len(rows))
+        self._count_out(rows)
         return rows
 
     def _take_back(self, numbers: Sequence[int], error: Exception) -> None:
         self._tell(self._remove(numbers), error)
+
+    def _count_out(self, rows: Sequence[Asked]) -> None:
+        if rows:
+            self._done(sum(row.num_tokens for row in rows))
 
     def _tell(self, rows: Sequence[Asked], error: Exception) -> None:
         """Say that rows are not answered here, even if they are none: there is something wrong."""
@@ -232,9 +240,7 @@ class Outbox:
         if not question.answers.cancelled() and question.answers.exception() is None:
             return
         gone = [number for number, row in self._away.items() if row.question is question]
-        for number in gone:
-            del self._away[number]
         if gone:
-            self._done(len(gone))
+            self._remove(gone)
             self._gone += gone
             self._go()

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Protocol
 
 from adapters.errors import AdapterError
-from deployments.errors import BatchLoopDied, NotReady
+from deployments.errors import BatchLoopDied, NotReady, Overloaded
 from deployments.ingress.calls import Answers, Encodings, Question
 from deployments.ingress.outbox import Asked, CallLost, NotTaken, Outbox, ReplicaLost
 from deployments.ingress.placement import Placement
@@ -92,7 +92,8 @@ class Replicas:
         question = rows[0].question
         for first in range(0, len(rows), _CHUNK_ROWS):
             chunk = rows[first : first + _CHUNK_ROWS]
-            replica = self._placement.place(question.name, len(chunk), chunk[0].tried)
+            num_tokens = sum(row.num_tokens for row in chunk)
+            replica = self._placement.place(question.name, num_tokens, chunk[0].tried)
             if replica is None:
                 self._homeless += chunk
                 self._look_now.set()
@@ -106,7 +107,7 @@ class Replicas:
                 # Each box has a name of its own: what another one asked must not answer its rows.
                 partial(self._exchange, name, uuid.uuid4().hex),
                 lambda reply: self._placement.hear(name, reply["residency"]),
-                lambda num_rows: self._placement.done(name, num_rows),
+                lambda num_tokens: self._placement.done(name, num_tokens),
                 partial(self._again, name),
             )
 
@@ -137,7 +138,7 @@ class Replicas:
         now_s = asyncio.get_running_loop().time()
         again: dict[int, list[Asked]] = {}
         for row in rows:
-            if isinstance(error, (ReplicaLost, BatchLoopDied)):
+            if isinstance(error, (ReplicaLost, BatchLoopDied, Overloaded)):
                 row = row._replace(tried=(*row.tried, name))
                 given_up = len(row.tried) >= _MOST_TRIES
             elif isinstance(error, CallLost):  # of which no row is the cause
@@ -149,7 +150,7 @@ class Replicas:
                 row.question.fail(error)
                 continue
             if given_up:
-                row.question.fail(NotReady(_LOST))
+                row.question.fail(error if isinstance(error, Overloaded) else NotReady(_LOST))
             else:
                 again.setdefault(id(row.question), []).append(row)
         for of_question in again.values():

@@ -8,6 +8,8 @@ import pytest
 from deployments.ingress.placement import Placement
 from deployments.rows import Residency
 
+ROW = 32  # tokens
+
 
 def told(*held: str, number: int = 1, whole: bool = True, crowded: bool = False) -> Residency:
     return {
@@ -27,51 +29,51 @@ def made(*names: str, held: tuple[str, ...] = (), crowded: bool = False) -> Plac
 
 
 def test_there_is_nowhere_to_go_without_a_replica() -> None:
-    assert Placement().place("a@1", 1) is None
+    assert Placement().place("a@1", ROW) is None
 
 
 def test_what_all_hold_goes_to_the_replica_with_the_fewest_rows() -> None:
     placement = made("x", "y", "z", held=("a@1",), crowded=True)
-    assert Counter(placement.place("a@1", 1) for _ in range(30)) == {"x": 10, "y": 10, "z": 10}
+    assert Counter(placement.place("a@1", ROW) for _ in range(30)) == {"x": 10, "y": 10, "z": 10}
     for _ in range(5):
-        placement.done("y")
-    assert {placement.place("a@1", 1) for _ in range(5)} == {"y"}
+        placement.done("y", ROW)
+    assert {placement.place("a@1", ROW) for _ in range(5)} == {"y"}
 
 
 def test_a_version_stays_where_it_is_while_slots_are_few_and_its_replica_has_room() -> None:
     placement = made("x", "y", crowded=True)
     placement.hear("y", told("a@1", number=2, crowded=True))
-    assert {placement.place("a@1", 1) for _ in range(8)} == {"y"}
+    assert {placement.place("a@1", ROW) for _ in range(8)} == {"y"}
 
 
 def test_a_hot_version_spreads_as_its_replicas_fill_and_never_waits_behind_one() -> None:
     placement = made("x", "y", "z", "w", crowded=True)
-    chosen = Counter(placement.place("hot@1", 1) for _ in range(64))
+    chosen = Counter(placement.place("hot@1", ROW) for _ in range(64))
     assert set(chosen) == {"x", "y", "z", "w"}
     assert max(chosen.values()) - min(chosen.values()) <= 9
 
 
 def test_with_slots_to_spare_a_free_replica_is_taken_at_once() -> None:
     placement = made("x", "y")
-    first = placement.place("a@1", 1)
-    assert placement.place("a@1", 1) != first
+    first = placement.place("a@1", ROW)
+    assert placement.place("a@1", ROW) != first
 
 
 def test_two_ingresses_take_the_same_replica_for_a_version() -> None:
     one, other = made("x", "y", "z"), made("z", "x", "y")
     names = [f"a{n}@1" for n in range(50)]
     for name in names:
-        chosen = [placement.place(name, 1) for placement in (one, other)]
+        chosen = [placement.place(name, ROW) for placement in (one, other)]
         assert chosen[0] == chosen[1]
         for placement in (one, other):
-            placement.done(str(chosen[0]))
+            placement.done(str(chosen[0]), ROW)
 
 
 def test_rows_that_failed_somewhere_go_elsewhere_if_there_is_an_elsewhere() -> None:
     placement = made("x", "y", held=("a@1",))
-    assert {placement.place("a@1", 1, ("x",)) for _ in range(9)} == {"y"}
+    assert {placement.place("a@1", ROW, ("x",)) for _ in range(9)} == {"y"}
     placement.leave("y")
-    assert placement.place("a@1", 1, ("x",)) == "x"
+    assert placement.place("a@1", ROW, ("x",)) == "x"
 
 
 def test_a_shunned_replica_is_avoided_for_a_while() -> None:
@@ -80,9 +82,9 @@ def test_a_shunned_replica_is_avoided_for_a_while() -> None:
     for name in ("x", "y"):
         placement.join(name)
     placement.shun("x")
-    assert {placement.place("a@1", 1) for _ in range(5)} == {"y"}
+    assert {placement.place("a@1", ROW) for _ in range(5)} == {"y"}
     now[0] = 60.0
-    assert placement.place("a@1", 1) == "x"
+    assert placement.place("a@1", ROW) == "x"
 
 
 def test_news_are_laid_over_what_is_known_and_old_ones_are_not() -> None:
@@ -90,7 +92,7 @@ def test_news_are_laid_over_what_is_known_and_old_ones_are_not() -> None:
     placement.hear("x", {"number": 5, "whole": False, "held": {"a@1": True}, "crowded": True})
     placement.hear("x", {"number": 4, "whole": False, "held": {"a@1": False}, "crowded": True})
     assert placement.heard == {"x": 5, "y": 1}
-    assert {placement.place("a@1", 1) for _ in range(8)} == {"x"}
+    assert {placement.place("a@1", ROW) for _ in range(8)} == {"x"}
 
 
 class Slots:
@@ -135,7 +137,7 @@ def test_four_hundred_adapters_over_four_replicas_are_nearly_always_resident(
         flying: list[str] = []
         misses = num_counted = 0
         for turn, version in enumerate(chance.choices(versions, weights, k=40_000)):
-            name = placement.place(version, 1) if placed else chance.choice([*replicas])
+            name = placement.place(version, ROW) if placed else chance.choice([*replicas])
             assert name is not None
             flying.append(name)
             hit = replicas[name].use(version)
@@ -144,7 +146,7 @@ def test_four_hundred_adapters_over_four_replicas_are_nearly_always_resident(
                 misses += not hit
             while len(flying) >= num_loaded:
                 done = flying.pop(chance.randrange(len(flying)))
-                placement.done(done)
+                placement.done(done, ROW)
                 placement.hear(done, replicas[done].news())
         return misses / num_counted
 

@@ -15,6 +15,7 @@ from deployments.ingress.outbox import CallLost, ReplicaLost
 from deployments.ingress.replicas import Replicas
 from deployments.model.exchange import Exchange, Ways
 from deployments.model.news import News
+from deployments.room import Room
 from deployments.rows import Facts, Parcel, Reply, Residency, Row
 
 
@@ -26,7 +27,10 @@ class Replica:
         self.num_rows = 0
         self.error: Exception | None = None
         self.exchange = Exchange(
-            name, Ways(self._pin, self._enter, _as_data, lambda task, target_s: None), News()
+            name,
+            Ways(self._pin, self._enter, _as_data, lambda task, target_s: None),
+            News(),
+            Room(10**4),
         )
 
     @asynccontextmanager
@@ -133,7 +137,7 @@ LOST = CallLost("the connection broke")
 async def many(asker: Asker, num: int = 200) -> None:
     await asyncio.gather(*(asker.ask(n, n + 1) for n in range(num)))
     counted = asker.replicas._placement._replicas.values()
-    assert [replica.num_rows for replica in counted] == [0] * len(counted)
+    assert [replica.num_tokens for replica in counted] == [0] * len(counted)
 
 
 @pytest.mark.parametrize("names", ["a", "ab", "abc"])
