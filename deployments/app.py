@@ -7,15 +7,21 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
+from ray.serve.schema import LoggingConfig
 
 from deployments.catalog.deployment import Catalog
 from deployments.config import Args
 from deployments.ingress.deployment import Ingress
 from deployments.model.allocator import KEEP_FREED_MEMORY
 from deployments.model.deployment import Model
+from deployments.router import NamedReplica
 
 # Rows queue in the model's own planner, so Serve must hand them over instead of holding them.
 _MAX_ONGOING = 1024
+_ROUTER: dict[str, Any] = {"request_router_class": NamedReplica}
+# A line a request costs a tenth of what serving it does, and metrics count them.
+_LOGGING = LoggingConfig(enable_access_log=False)
 _NVIDIA = Path("/dev/nvidia0")
 # How long a replica that stops still takes requests from callers that have not heard of it. They
 # hear within milliseconds, and of Serve's default, 2 s, most of a stop would consist.
@@ -54,6 +60,9 @@ def build(args: Args) -> Application:
         health_check_period_s=_HEALTH_PERIOD_S,
         health_check_timeout_s=_HEALTH_TIMEOUT_S,
         ray_actor_options=actor_options,
+        # The ingress has placed the rows; it names the replica.
+        request_router_config=RequestRouterConfig(**_ROUTER),
+        logging_config=_LOGGING,
         **scaling,
     )(Model)
     bound = model.bind(args)
@@ -64,12 +73,14 @@ def build(args: Args) -> Application:
         max_ongoing_requests=_MAX_ONGOING,
         graceful_shutdown_wait_loop_s=_LEAVING_S,
         ray_actor_options={"num_cpus": 0},
+        logging_config=_LOGGING,
     )(Catalog)
     # The HTTP application is made in the replica, by Ingress.__serve_build_asgi_app__.
     ingress = serve.deployment(
         name="Ingress",
         max_ongoing_requests=_MAX_ONGOING,
         graceful_shutdown_wait_loop_s=_LEAVING_S,
+        logging_config=_LOGGING,
     )(serve.ingress(None)(Ingress))
     return ingress.bind(bound, catalog.bind(bound, args), args)
 

@@ -8,6 +8,7 @@
     ├── Stale        412  a change to a task that another one has changed since
     ├── TooLarge     413  its body is over the limit
     ├── BadInput     422  the request says something that cannot be answered
+    ├── Overloaded   429  there are too many rows on their way
     ├── TooLate      504  its deadline passed before it was answered
     └── NotReady     503  no replica can answer at the moment
         ├── ReplicasLost 503  every replica that was asked was lost meanwhile
@@ -69,6 +70,10 @@ class BadInput(RequestError):
 
 class TooLarge(RequestError):
     """The request's body is over the limit."""
+
+
+class Overloaded(RequestError):
+    """There are too many rows on their way, of this task or of all."""
 
 
 class NotReady(RequestError):
@@ -139,6 +144,7 @@ _TABLE: dict[type[Exception], tuple[int, str, int | None]] = {
     Stale: (412, "Precondition failed", None),
     BadInput: (422, "Invalid request", None),
     TooLarge: (413, "Request too large", None),
+    Overloaded: (429, "Too many requests", 1),
     Unsure: (503, "Outcome unknown", 1),
     ReplicasLost: (503, "Replicas lost", 1),
     NotReady: (503, "Not ready", 1),

@@ -110,3 +110,61 @@ class Facts(TypedDict):
     rank: int
     targets: list[str]
     num_bytes: int
+
+
+class Residency(TypedDict):
+    """What a model replica says of the versions in its slots.
+
+    Attributes:
+        number: Of the last change that is in it.
+        whole: Whether it is all that the replica holds, else what has changed.
+        held: By `task@version`, whether it is resident.
+        crowded: Whether a newcomer has pushed another out.
+    """
+
+    number: int
+    whole: bool
+    held: dict[str, bool]
+    crowded: bool
+
+
+class Parcel(NamedTuple):
+    """Rows of one version on their way to a model replica.
+
+    Attributes:
+        task: The task.
+        version: The version that must answer; no other will.
+        problem_type: How its logits become scores.
+        priority: As the task's rules say.
+        latency_target_ms: Likewise.
+        rows: Of each its id, which is the sender's own; ids and type ids, as in `Tokens`; the
+            number of its question, likewise the sender's; and in how many seconds nobody waits for
+            it any more, None if somebody always does.
+    """
+
+    task: str
+    version: str
+    problem_type: ProblemType
+    priority: Priority
+    latency_target_ms: int | None
+    rows: list[tuple[int, list[int], list[int] | None, int, float | None]]
+
+
+Answer = list[float] | list[list[float]] | str
+
+
+class Reply(TypedDict):
+    """What a model replica has for an ingress.
+
+    Attributes:
+        replica: Its name.
+        answers: (id, answer) of rows: the scores, one a label, of a token classifier a list of
+            them for each token; or a sentence where the row alone failed.
+        failed: Ids of rows with the error that befell them.
+        residency: What has changed since the ingress last heard, None if nothing has.
+    """
+
+    replica: str
+    answers: list[tuple[int, Answer]]
+    failed: list[tuple[list[int], Exception]]
+    residency: Residency | None

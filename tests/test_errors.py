@@ -24,6 +24,7 @@ from deployments.errors import (
     Forbidden,
     NoMatch,
     NotReady,
+    Overloaded,
     ReplicasLost,
     RequestError,
     Stale,
@@ -52,11 +53,12 @@ ERRORS = [
     (BadInput("texts is empty"), 422, ValueError),
     (TooLarge("the body is over 5 bytes"), 413, ValueError),
     (NotReady("no replica runs"), 503, RuntimeError),
+    (Overloaded("there are too many texts"), 429, RuntimeError),
     (TooLate("the deadline passed"), 504, TimeoutError),
     (ReplicasLost("the model replica was lost"), 503, RuntimeError),
     (Unsure("the store did not answer"), 503, RuntimeError),
 ]
-RETRIED = (AdapterIncomplete, AdapterChanged, StoreUnreachable, NotReady)
+RETRIED = (AdapterIncomplete, AdapterChanged, StoreUnreachable, NotReady, Overloaded)
 
 by_name = pytest.mark.parametrize(
     ("error", "status", "builtin"), ERRORS, ids=lambda given: type(given).__name__

@@ -10,11 +10,11 @@ from unittest.mock import patch
 
 from ray.serve import Application
 
-from adapters.rules import Priority, ProblemType
 from deployments.config import Args
 from deployments.ingress import deployment
 from deployments.ingress.calls import Answers, Encodings
 from deployments.ingress.handles import ModelHandle
+from deployments.rows import Facts
 
 LABELS = 2
 
@@ -23,13 +23,7 @@ class Nobody(ModelHandle):
     """The model replicas for all but predictions, which nobody is asked for."""
 
     async def predict(
-        self,
-        task: str,
-        version: str,
-        problem_type: ProblemType,
-        inputs: Encodings,
-        priority: Priority,
-        latency_target_ms: int | None,
+        self, facts: Facts, inputs: Encodings, deadline_s: float | None = None
     ) -> Answers:
         return [[0.0] * LABELS for _ in inputs]
 

@@ -1,85 +1,79 @@
-"""How the model is asked for a request's rows: in calls of which none is too large."""
+"""What the model is asked for a request's rows, and how its answers come back."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Sequence
 from typing import Protocol
 
-from adapters.rules import Priority, ProblemType
-from deployments.rows import Facts
+from deployments.rows import Answer, Facts
 from deployments.tokens import Encoded
 
-# Of one handle call: its messages are capped at 4 MB in throughput mode, both ways.
-MAX_CALL_TOKENS = 2**18
-MAX_CALL_SCORES = 2**18
-
-Answers = list[list[float] | list[list[float]] | str]
+Answers = list[Answer]
 Encodings = list[tuple[list[int], list[int] | None]]
-Asked = tuple[str, str, ProblemType, Encodings, Priority, int | None]
-"""What `AskModel` is called with."""
 
 
 class AskModel(Protocol):
-    """How a model replica is asked; see `deployments.model.deployment.Model.predict`."""
+    """How model replicas are asked; see `deployments.ingress.replicas.Replicas.ask`."""
 
     def __call__(
-        self,
-        task: str,
-        version: str,
-        problem_type: ProblemType,
-        inputs: Encodings,
-        priority: Priority,
-        latency_target_ms: int | None,
+        self, facts: Facts, inputs: Encodings, deadline_s: float | None = None
     ) -> Awaitable[Answers]:
-        """Answer inputs of one task and version."""
+        """Answer inputs of one version, until a time by the event loop's clock."""
 
 
-class AskTogether(Protocol):
-    """How a replica is asked for several at once; see `Model.predict_together`."""
-
-    def __call__(self, asked: Sequence[Asked]) -> Awaitable[Sequence[Answers | Exception]]:
-        """Answer inputs of several tasks and versions; each has answers or an error of its own."""
+_numbers = itertools.count(1)
 
 
-async def answer_rows(ask: AskModel, facts: Facts, rows: Sequence[Encoded]) -> Answers:
-    """Ask the model, in several calls if one would be too large."""
-    parts = await asyncio.gather(*(ask(*to_asked(facts, part)) for part in parts_of(facts, rows)))
-    return [answer for part in parts for answer in part]
+class Question:
+    """Inputs of one version, of which each is answered by itself.
+
+    Attributes:
+        number: Its own in this process.
+        facts: The version that must answer, and its rules.
+        inputs: (ids, type ids) of each.
+        deadline_s: By the event loop's clock, when nobody waits any more; None if there is none.
+        answers: Has all answers in the order of the inputs, once there are all; or an error.
+    """
+
+    def __init__(self, facts: Facts, inputs: Encodings, deadline_s: float | None = None) -> None:
+        """Take what is asked; needs a running event loop."""
+        self.number = next(_numbers)
+        self.facts = facts
+        self.inputs = inputs
+        self.deadline_s = deadline_s
+        self.answers: asyncio.Future[Answers] = asyncio.get_running_loop().create_future()
+        self._given: Answers = [""] * len(inputs)
+        self._left = len(inputs)
+
+    @property
+    def over(self) -> bool:
+        """Whether nobody waits for answers any more."""
+        return self.answers.done()
+
+    @property
+    def name(self) -> str:
+        """`task@version`."""
+        return f"{self.facts['task']}@{self.facts['version']}"
+
+    def answer(self, index: int, answer: Answer) -> None:
+        """Take the answer of an input, which comes once."""
+        self._given[index] = answer
+        self._left -= 1
+        if not self._left and not self.over:
+            self.answers.set_result(self._given)
+
+    def fail(self, error: Exception) -> None:
+        """End all of it with an error."""
+        if not self.over:
+            self.answers.set_exception(error)
 
 
-def to_asked(facts: Facts, inputs: Encodings) -> Asked:
-    """Return what a model is asked for a task's inputs."""
-    return (
-        facts["task"],
-        facts["version"],
-        facts["problem_type"],
-        inputs,
-        facts["priority"],
-        facts["latency_target_ms"],
-    )
-
-
-def parts_of(facts: Facts, rows: Sequence[Encoded]) -> list[Encodings]:
-    """Part rows into calls of which none is too large, nor its answer."""
-    calls: list[Encodings] = []
-    num_tokens = num_scores = 0
-    for row in rows:
-        length, scores = _size(facts, len(row.tokens.ids))
-        num_tokens, num_scores = num_tokens + length, num_scores + scores
-        if not calls or num_tokens > MAX_CALL_TOKENS or num_scores > MAX_CALL_SCORES:
-            calls.append([])
-            num_tokens, num_scores = length, scores
-        calls[-1].append((row.tokens.ids, row.tokens.type_ids))
-    return calls
-
-
-def count(facts: Facts, inputs: Encodings) -> tuple[int, int]:
-    """Return the tokens of inputs, and the scores that answer them."""
-    sizes = [_size(facts, len(ids)) for ids, _ in inputs]
-    return sum(tokens for tokens, _ in sizes), sum(scores for _, scores in sizes)
-
-
-def _size(facts: Facts, length: int) -> tuple[int, int]:
-    of_tokens = facts["problem_type"] == "token_classification"
-    return length, len(facts["labels"]) * (length if of_tokens else 1)
+async def answer_rows(
+    ask: AskModel, facts: Facts, rows: Sequence[Encoded], deadline_s: float | None = None
+) -> Answers:
+    """Ask the model."""
+    if not rows:
+        return []
+    return await ask(facts, [(row.tokens.ids, row.tokens.type_ids) for row in rows], deadline_s)

@@ -11,11 +11,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from deployments.errors import INTERNAL, BadInput, NoMatch, to_problem
-from deployments.ingress.calls import AskTogether
 from deployments.ingress.many import ManyRequest, Match
 from deployments.ingress.predict import Predictor
+from deployments.ingress.readings import Readings
 from deployments.ingress.tasks import Tasks
-from deployments.ingress.together import Together
 
 logger = logging.getLogger("ray.serve")
 
@@ -27,7 +26,6 @@ class FanOut:
         self,
         tasks: Tasks,
         predictor: Predictor,
-        ask: AskTogether,
         *,
         max_tasks: int,
         max_rows: int,
@@ -37,22 +35,26 @@ class FanOut:
         Args:
             tasks: Who knows the tasks' names.
             predictor: Who answers for one of them.
-            ask: Reaches a model replica with the rows of all.
             max_tasks: Most tasks a request.
             max_rows: Most inputs a request times its tasks, and most windows of all together.
         """
         self._tasks = tasks
         self._predictor = predictor
-        self._ask = ask
         self._max_tasks = max_tasks
         self._max_rows = max_rows
 
-    async def predict(self, request: ManyRequest, routing_key: str | None = None) -> dict[str, Any]:
+    async def predict(
+        self,
+        request: ManyRequest,
+        routing_key: str | None = None,
+        deadline_s: float | None = None,
+    ) -> dict[str, Any]:
         """Answer a request.
 
         Args:
             request: The request.
             routing_key: As `Predictor.predict`, for each of the tasks.
+            deadline_s: Likewise: those that are answered by then have their answers.
 
         Returns:
             `answers`, by task in the order asked for, of a pattern by name: what
@@ -69,15 +71,13 @@ class FanOut:
         self._predictor.check_count(request.inputs)
         names = await self._names(request.tasks)
         self._check_count(names, len(request.inputs))
-        together = Together(
-            self._predictor.runs, self._ask, names, max_rows=self._max_rows // len(names)
-        )
+        readings = Readings(self._predictor.runs, max_rows=self._max_rows // len(names))
         try:
             answers = await asyncio.gather(
-                *(self._answer(name, request, routing_key, together) for name in names)
+                *(self._answer(name, request, routing_key, deadline_s, readings) for name in names)
             )
         finally:
-            together.close()
+            readings.close()
         return {
             "answers": dict(zip(names, answers, strict=True)),
             "failed": [name for name, one in zip(names, answers, strict=True) if "error" in one],
@@ -85,17 +85,22 @@ class FanOut:
         }
 
     async def _answer(
-        self, task: str, request: ManyRequest, routing_key: str | None, together: Together
+        self,
+        task: str,
+        request: ManyRequest,
+        routing_key: str | None,
+        deadline_s: float | None,
+        readings: Readings,
     ) -> dict[str, Any]:
         try:
-            return await self._predictor.predict(task, request, routing_key, together.run)
+            return await self._predictor.predict(
+                task, request, routing_key, deadline_s, readings.run
+            )
         except Exception as error:
             problem = to_problem(error)
             if problem is None:
                 logger.error("predict(%r) failed among others", task, exc_info=error)
                 problem = INTERNAL
-        finally:
-            together.leave(task)
         told: dict[str, Any] = {"error": problem.detail, "status": problem.status}
         if problem.retry_after_s is not None:
             told["retry_after_s"] = problem.retry_after_s

@@ -5,25 +5,30 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextvars import Context
 from typing import Any, TypeVar
 
 import orjson
+from grpc.aio import AioRpcError  # type: ignore[import-untyped]
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorDiedError, RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from adapters.rules import Priority, ProblemType
 from deployments.errors import BatchLoopDied, NotReady, ReplicasLost
-from deployments.ingress.calls import Answers, Asked, Encodings
+from deployments.ingress.calls import Answers, Encodings
 from deployments.ingress.catalog import CatalogLost
-from deployments.rows import Facts
+from deployments.ingress.outbox import CallLost, ReplicaLost
+from deployments.ingress.replicas import Replicas
+from deployments.rows import Facts, Parcel, Reply, Residency
 from deployments.tokens import Vocabulary
 
 T = TypeVar("T")
 
 # A change may fetch, check and warm a version first; reading is from memory.
 _CHANGE_S, _READ_S = 300.0, 5.0
+# A replica that died is also told as one that is unavailable, where Ray does not know yet.
+_UNREACHED = (RayActorError, AioRpcError, BackPressureError, DeploymentUnavailableError)
 _AWAY = "the catalog is being started again; try again in a few seconds"
 
 
@@ -33,6 +38,7 @@ class ModelHandle:
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         """Take Serve's handle."""
         self._handle = handle
+        self._replicas = Replicas(self)
 
     async def vocabulary(self) -> Vocabulary:
         """Return the base's tokenizer; see `deployments.tokens.Tokenizer`."""
@@ -50,34 +56,55 @@ class ModelHandle:
         return facts
 
     async def predict(
-        self,
-        task: str,
-        version: str,
-        problem_type: ProblemType,
-        inputs: Encodings,
-        priority: Priority,
-        latency_target_ms: int | None,
+        self, facts: Facts, inputs: Encodings, deadline_s: float | None = None
     ) -> Answers:
-        """Have inputs answered."""
-        asked: Asked = (task, version, problem_type, inputs, priority, latency_target_ms)
-        answers: Answers = await _reach(lambda: self._handle.predict.remote(*asked))
-        return answers
+        """Have inputs answered; see `Replicas.ask`."""
+        return await self._replicas.ask(facts, inputs, deadline_s)
 
-    async def predict_together(self, asked: Sequence[Asked]) -> list[Answers | Exception]:
-        """Have inputs of several tasks answered, in the same batches."""
-        told: list[Answers | Exception] = await _reach(
-            lambda: self._handle.predict_together.remote([*asked])
+    async def exchange(
+        self, replica: str, ingress: str, heard: int, parcels: Sequence[Parcel], gone: Sequence[int]
+    ) -> Reply:
+        """Call one replica; see `replicas.Calls`."""
+        call = self._handle.options(
+            method_name="exchange",
+            session_id=replica,
+            request_serialization="pickle",
+            response_serialization="pickle",
         )
-        return told
+        try:
+            reply: Reply = await call.remote(replica, ingress, heard, parcels, gone)
+        except ActorDiedError as error:
+            raise ReplicaLost(str(error)) from None
+        except _UNREACHED as error:
+            raise CallLost(str(error)) from None
+        return reply
+
+    async def publish(self, heard: dict[str, int]) -> list[tuple[str, Residency | None] | None]:
+        """Ask all replicas who they are; see `replicas.Calls`."""
+        return [
+            None if isinstance(answer, Exception) else answer
+            for answer in await self._all("publish", heard)
+        ]
 
     async def residency(self, after: str, limit: int) -> list[dict[str, Any]]:
         """Ask all replicas what they hold; one that is lost meanwhile is left out."""
-        try:
-            asked = self._handle.broadcast("residency", after, limit)
-            answers = await asked.results_async(timeout_s=_READ_S, return_exceptions=True)
-        except (DeploymentUnavailableError, TimeoutError):
-            raise NotReady("no model replica answers; try again in a second") from None
+        answers = await self._all("residency", after, limit)
+        if not answers:
+            raise NotReady("no model replica is running")
         return [answer for answer in answers if isinstance(answer, dict)]
+
+    async def _all(self, method: str, *given: Any) -> list[Any]:
+        """Call all replicas; what one that is lost meanwhile answers is an exception."""
+        try:
+            asked = self._handle.broadcast(method, *given)
+            answers: list[Any] = await asked.results_async(
+                timeout_s=_READ_S, return_exceptions=True
+            )
+        except DeploymentUnavailableError:
+            return []
+        except TimeoutError:
+            raise NotReady("no model replica answers; try again in a second") from None
+        return answers
 
 
 class CatalogHandle:
@@ -171,7 +198,10 @@ async def _reach(call: Callable[[], Awaitable[T]]) -> T:
     """
     for attempt in (1, 2):
         try:
-            return await call()
+            # Of no request: in one's context Serve gives all calls the same id, and of two that
+            # are on their way at a time it would lose one.
+            calling = asyncio.get_running_loop().create_task(_awaited(call), context=Context())
+            return await calling
         except BackPressureError:
             raise NotReady("the model's queue is full; try again in a second") from None
         except DeploymentUnavailableError:

@@ -10,16 +10,19 @@ from typing import Annotated
 from fastapi import Depends, FastAPI, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import Field
 from starlette.exceptions import HTTPException
 
 from adapters.errors import AdapterError
 from deployments.errors import INTERNAL, BadInput, Problem, RequestError, to_problem
 from deployments.ingress.documented import PAGE, Limit, TaskName
+from deployments.ingress.door import TIMEOUT, to_deadline
 from deployments.ingress.fanout import FanOut
 from deployments.ingress.limits import BodyLimit
 from deployments.ingress.listing import AskUsage, Listing
 from deployments.ingress.many import ManyRequest
 from deployments.ingress.predict import Predictor
+from deployments.ingress.predict_route import PredictRoute
 from deployments.ingress.tasks import Tasks
 from deployments.ingress.wire import PredictRequest, explain
 
@@ -31,6 +34,14 @@ RoutingKey = Annotated[
     Header(
         alias="X-Routing-Key",
         description="Requests of a task with the same key are answered by the same version.",
+    ),
+]
+
+Timeout = Annotated[
+    Annotated[float, Field(gt=0, allow_inf_nan=False)] | None,
+    Header(
+        alias=TIMEOUT,
+        description="In how many seconds the caller goes; what has no answer by then gets 504.",
     ),
 ]
 
@@ -59,12 +70,16 @@ def make_api(
         before_each: Awaited before each request is answered; its errors are the answer.
     """
     api = _new_api(before_each)
+    api.add_middleware(
+        PredictRoute,
+        predictor=predictor,
+        default_task=default_task,
+        before_each=before_each,
+        explain=_any,
+    )
     api.add_middleware(BodyLimit, max_bytes=max_body_bytes, max_upload_bytes=max_upload_bytes)
+    _add_predictions(api, predictor, default_task, fan_out)
     listing = Listing(tasks, usage)
-
-    @api.post("/v1/tasks/{task}/predict", summary="Classify texts by a task's adapter")
-    async def predict(task: TaskName, body: PredictRequest, key: RoutingKey = None) -> JSONResponse:
-        return JSONResponse(await predictor.predict(task, body, key))
 
     @api.get("/v1/tasks", summary="All tasks by name, a page at a time")
     async def list_tasks(limit: Limit = PAGE, after: After = "") -> JSONResponse:
@@ -75,19 +90,34 @@ def make_api(
         entry, etag = await listing.task(task)
         return JSONResponse(entry, headers={"etag": f'"{etag}"'})
 
+    return api
+
+
+def _add_predictions(
+    api: FastAPI, predictor: Predictor, default_task: str | None, fan_out: FanOut | None
+) -> None:
+    @api.post("/v1/tasks/{task}/predict", summary="Classify texts by a task's adapter")
+    async def predict(
+        task: TaskName, body: PredictRequest, key: RoutingKey = None, timeout_s: Timeout = None
+    ) -> JSONResponse:
+        return JSONResponse(await predictor.predict(task, body, key, to_deadline(timeout_s)))
+
     if default_task is not None:
 
         @api.post("/predict", summary=f"The inference guide's route; answers {default_task}")
-        async def predict_default(body: PredictRequest, key: RoutingKey = None) -> JSONResponse:
-            return JSONResponse(await predictor.predict(default_task, body, key))
+        async def predict_default(
+            body: PredictRequest, key: RoutingKey = None, timeout_s: Timeout = None
+        ) -> JSONResponse:
+            deadline_s = to_deadline(timeout_s)
+            return JSONResponse(await predictor.predict(default_task, body, key, deadline_s))
 
     if fan_out is not None:
 
         @api.post("/v1/predict", summary="Classify texts by the adapters of many tasks at once")
-        async def predict_many(body: ManyRequest, key: RoutingKey = None) -> JSONResponse:
-            return JSONResponse(await fan_out.predict(body, key))
-
-    return api
+        async def predict_many(
+            body: ManyRequest, key: RoutingKey = None, timeout_s: Timeout = None
+        ) -> JSONResponse:
+            return JSONResponse(await fan_out.predict(body, key, to_deadline(timeout_s)))
 
 
 def _new_api(before_each: Callable[[], Awaitable[None]] | None) -> FastAPI:

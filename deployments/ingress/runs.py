@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from deployments.ingress.calls import AskModel, answer_rows
+from deployments.ingress.door import Visit
 from deployments.ingress.inputs import Given, encode, to_inputs
 from deployments.ingress.results import Run
 from deployments.ingress.wire import PredictRequest
@@ -16,6 +17,8 @@ from deployments.tokens import Encoded, Tokenizer
 
 # Requests that are tokenised at a time: one is a core's work, and a large one lets small ones pass.
 _ENCODERS = 2
+# Characters of a whole request that are tokenised sooner than a thread is asked to (under 1 ms).
+_SHORT_CHARACTERS = 1024
 # What decides how a text becomes tokens. Two versions that agree in it read the same ones.
 READING = ("max_length", "truncation", "stride", "pair")
 
@@ -33,8 +36,8 @@ class Runs:
         # What nobody waits for, one at a time.
         self._unhurried = ThreadPoolExecutor(1, "encode-shadow")
 
-    async def run(self, facts: Facts, request: PredictRequest) -> Run:
-        """Ask a version.
+    async def run(self, facts: Facts, request: PredictRequest, visit: Visit | None = None) -> Run:
+        """Ask a version, for a caller who visits or for the ingress itself.
 
         Raises:
             RequestError: The request cannot be answered.
@@ -43,21 +46,37 @@ class Runs:
         inputs = to_inputs(facts, request)
         started_s = time.perf_counter()
         encoded = await self.read(facts, inputs, self._max_rows)
-        encoded_s = time.perf_counter()
-        rows = [row for windows in encoded if not isinstance(windows, str) for row in windows]
-        answers = await answer_rows(self._ask, facts, rows)
-        answered_s = time.perf_counter()
-        return Run(
-            facts, request, inputs, encoded, answers, encoded_s - started_s, answered_s - encoded_s
-        )
+        tokenize_s = time.perf_counter() - started_s
+        return await self.answer(facts, request, inputs, encoded, tokenize_s, visit)
 
     async def read(
         self, facts: Facts, inputs: Sequence[Given], max_rows: int
     ) -> list[list[Encoded] | str]:
-        """Turn inputs into tokens off the event loop; see `inputs.encode`."""
+        """Turn inputs into tokens, many off the event loop; see `inputs.encode`."""
+        if sum(_num_characters(given) for given in inputs) <= _SHORT_CHARACTERS:
+            return encode(self._tokenizer, facts, inputs, max_rows)
         return await asyncio.get_running_loop().run_in_executor(
             self._encoders, encode, self._tokenizer, facts, inputs, max_rows
         )
+
+    async def answer(
+        self,
+        facts: Facts,
+        request: PredictRequest,
+        inputs: list[Given],
+        encoded: Sequence[list[Encoded] | str],
+        tokenize_s: float,
+        visit: Visit | None = None,
+    ) -> Run:
+        """Ask a version for inputs that were read in so many seconds; raises as `run`."""
+        rows = [row for windows in encoded if not isinstance(windows, str) for row in windows]
+        if visit is not None:
+            visit.grow(len(rows))
+        started_s = time.perf_counter()
+        deadline_s = None if visit is None else visit.deadline_s
+        answers = await answer_rows(self._ask, facts, rows, deadline_s)
+        model_s = time.perf_counter() - started_s
+        return Run(facts, request, inputs, encoded, answers, tokenize_s, model_s)
 
     async def run_again(self, facts: Facts, run: Run, max_rows: int) -> Run | None:
         """Ask another version the same, in no hurry; None if it would be more windows than that.
@@ -77,6 +96,11 @@ class Runs:
             return None
         answers = await answer_rows(self._ask, facts, rows)
         return Run(facts, run.request, inputs, encoded, answers, 0.0, 0.0)
+
+
+def _num_characters(given: Given) -> int:
+    text = given.text
+    return len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
 
 
 def _read_alike(one: Facts, other: Facts) -> bool:

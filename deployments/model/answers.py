@@ -1,4 +1,4 @@
-"""A row's answer as it travels to the ingress."""
+"""What became of a row, as the caller is told it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import logging
 from deployments.errors import BatchLoopDied, TooLate
 from deployments.model.engine import BadRow, DoesNotFit, EmptySlot
 from deployments.model.scores import NoNumber
-from deployments.rows import Prediction
+from deployments.rows import Answer, Prediction
 
 logger = logging.getLogger("ray.serve")
 
 
-def as_data(answer: Prediction | BaseException) -> list[float] | list[list[float]] | str:
+def as_data(answer: Prediction | BaseException) -> Answer:
     """Return a row's scores, or a sentence where it alone failed.
 
     Raises:

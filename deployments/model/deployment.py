@@ -3,43 +3,43 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import os
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
-import ray
 import torch
 
 from adapters.documents import open_documents
-from adapters.rules import Priority, ProblemType
+from adapters.rules import ProblemType
 from deployments.config import GIB, Args
 from deployments.journal import Journal
 from deployments.model.answers import as_data
 from deployments.model.budget import make_planner
-from deployments.model.dynamic_batch import batch_queue, dynamic_batch
+from deployments.model.dynamic_batch import batch_queue, dynamic_batch, enter
 from deployments.model.engine import BadRow, DoesNotFit, Loaded, make_engine
+from deployments.model.exchange import Exchange, Ways
 from deployments.model.facts import to_facts
-from deployments.model.handles import catalog_poll, hot_on_peers, replica_name
+from deployments.model.handles import catalog_poll, hot_on_peers, num_nodes, replica_name
 from deployments.model.health import Health
 from deployments.model.memory import take_stock
+from deployments.model.news import News
 from deployments.model.residents import Residents
 from deployments.model.scores import NoNumber
 from deployments.model.threads import forward_threads
-from deployments.model.together import each_alone
 from deployments.model.vocabulary import export_vocabulary, to_pages
 from deployments.model.warmup import warm_up
-from deployments.rows import Facts, Prediction, Row, Tokens
+from deployments.room import Room
+from deployments.rows import Answer, Facts, Parcel, Prediction, Reply, Residency, Row, Tokens
 from deployments.scaling import ANSWERED, QUEUED, SPEED
 from deployments.snapshot import Snapshot
 from deployments.watch import Watch
 
 logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
-_requests = itertools.count()
 # Versions of its peers that a replica brings into its slots before it takes traffic.
 _MOST_HOT = 256
 
@@ -53,7 +53,7 @@ class Model:
     async def __init__(self, args: Args) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         """Load the base; the replica takes traffic when this returns."""
         self.health = Health(end=lambda: os._exit(1))
-        threads = forward_threads(args, _num_nodes())
+        threads = forward_threads(args, num_nodes())
         # Thread counts are a thread's own, and Ray would leave this one a single core.
         self._device = ThreadPoolExecutor(1, "forward", torch.set_num_threads, (threads,))
         self.engine = await self._on_device(make_engine, args)
@@ -67,6 +67,7 @@ class Model:
         host_bytes = int(args.max_host_gib * GIB)
         memory = take_stock(self.engine.encoder, self.planner.most_tokens, host_bytes)
         memory.check()
+        self._news = News()
         self.residents = Residents(
             self.engine,
             args.open_store(),
@@ -76,6 +77,9 @@ class Model:
             write=self._write,
             forget=self._forget,
         )
+        enter_row = partial(enter, self.answer)
+        ways = Ways(self.residents.pin, enter_row, as_data, self.planner.promise)
+        self._exchange = Exchange(replica_name(), ways, self._news, Room(args.max_rows_on_the_way))
         await self._follow_catalog(args)
         await self.residents.load_pinned()
         await self.residents.bring(await hot_on_peers())
@@ -156,43 +160,44 @@ class Model:
         version: str,
         problem_type: ProblemType,
         inputs: list[tuple[list[int], list[int] | None]],
-        priority: Priority = "normal",
-        latency_target_ms: int | None = None,
-        timeout_s: float | None = None,
-    ) -> list[list[float] | list[list[float]] | str]:
-        """Answer inputs of one task.
+    ) -> list[Answer]:
+        """Answer inputs of one task, for whoever has this replica for itself.
 
         Args:
             task: The task.
             version: The version that must answer; no other will.
             problem_type: How its logits become scores.
             inputs: (ids, type ids) of each input, see `deployments.rows.Tokens`.
-            priority: As the task's rules say.
-            latency_target_ms: Likewise.
-            timeout_s: For so long somebody waits; what has not begun then is not run.
 
         Returns:
-            For each input its scores, one a label, of a token classifier a list of them for each
-            token; or a sentence where it alone failed.
+            For each input its answer, see `deployments.rows.Reply`.
 
         Raises:
             AdapterError: The version cannot be had.
             BatchLoopDied: This replica cannot answer, and is about to be replaced.
         """
-        until_s = None if timeout_s is None else time.monotonic() + timeout_s
-        if latency_target_ms is not None:
-            self.planner.promise(task, latency_target_ms / 1000)
         async with self.residents.pin(task, version) as slot:
-            of = (task, next(_requests), priority, until_s)
-            rows = [Row(slot, Tokens(*given), problem_type, *of) for given in inputs]
+            rows = [Row(slot, Tokens(*given), problem_type, task) for given in inputs]
             answers = await asyncio.gather(
                 *(self.answer(row) for row in rows), return_exceptions=True
             )
         return [as_data(answer) for answer in answers]
 
-    async def predict_together(self, asked: list[tuple[Any, ...]]) -> list[Any]:
-        """Answer several calls of `predict` at once; see `each_alone` for what it returns."""
-        return await each_alone(self.predict(*one) for one in asked)
+    async def exchange(
+        self, replica: str, ingress: str, heard: int, parcels: Sequence[Parcel], gone: Sequence[int]
+    ) -> Reply:
+        """Take an ingress's rows and reply with its answers; see `Exchange.call`.
+
+        What is meant for another `replica`, which Serve does not find any more, is not taken.
+        """
+        if replica != self._exchange.replica:
+            return self._exchange.not_taken()
+        return await self._exchange.call(ingress, heard, parcels, gone)
+
+    async def publish(self, heard: dict[str, int]) -> tuple[str, Residency | None]:
+        """Say who this is, and what changed in its slots after the change that was last `heard`."""
+        name = self._exchange.replica
+        return name, self._news.since(heard.get(name, 0))
 
     @dynamic_batch
     async def answer(self, rows: list[Row]) -> list[Prediction | Exception]:
@@ -266,6 +271,7 @@ class Model:
             if gone:
                 logger.info("left=slot:%s", ",".join(map(str, gone)))
 
+        self._news.came(slot, name, gone)
         loop = asyncio.get_running_loop()
         writing = loop.run_in_executor(self._device, self.engine.write, slot, loaded, gone)
         writing.add_done_callback(written)
@@ -273,6 +279,7 @@ class Model:
     def _forget(self, slots: Sequence[int]) -> None:
         """Free slots once the rows that were handed over before have been answered."""
         logger.info("left=slot:%s", ",".join(map(str, slots)))
+        self._news.left(slots)
         asyncio.get_running_loop().run_in_executor(self._device, self.engine.forget, slots)
 
     async def _on_device(self, work: Callable[..., T], *args: Any) -> T:
@@ -286,10 +293,3 @@ def _timed(
     started_s = time.perf_counter()
     answers = predict(rows)
     return answers, time.perf_counter() - started_s
-
-
-def _num_nodes() -> int:
-    """Return how many nodes replicas are spread over; without Ray this process is on the one."""
-    if not ray.is_initialized():
-        return 1
-    return sum(node["Alive"] and node["Resources"].get("CPU", 0) >= 1 for node in ray.nodes())

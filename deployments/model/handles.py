@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
@@ -54,3 +55,10 @@ async def hot_on_peers() -> list[str]:
     lists = [names for names in told if isinstance(names, list)]
     turns = itertools.chain.from_iterable(itertools.zip_longest(*lists))
     return [name for name in dict.fromkeys(turns) if name is not None]
+
+
+def num_nodes() -> int:
+    """Return how many nodes replicas are spread over; without Ray this process is on the one."""
+    if not ray.is_initialized():
+        return 1
+    return sum(node["Alive"] and node["Resources"].get("CPU", 0) >= 1 for node in ray.nodes())

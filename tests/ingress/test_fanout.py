@@ -1,7 +1,7 @@
 """One request for many tasks: each is answered as if it had been asked alone."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -11,14 +11,15 @@ import pytest
 from adapters.directory import Directory
 from adapters.errors import AdapterRefused, TaskNotFound
 from deployments.errors import BadInput, NoMatch, NotReady
-from deployments.ingress import together
-from deployments.ingress.calls import Answers, Asked, Encodings
+from deployments.ingress import outbox, replicas
 from deployments.ingress.fanout import FanOut
 from deployments.ingress.folders import Folders
 from deployments.ingress.many import ManyRequest, to_many_request
 from deployments.ingress.predict import Predictor
+from deployments.ingress.replicas import Replicas
 from deployments.ingress.tasks import Tasks
-from deployments.rows import Facts, ProblemType
+from deployments.room import Room
+from deployments.rows import Answer, Facts, Parcel, Reply
 from deployments.snapshot import Snapshot, TaskRecord
 from deployments.tokens import Tokenizer
 
@@ -46,11 +47,13 @@ class Model:
     """Scores a row by its highest word; one in `errors` fails, one in `cold` waits for `warm`."""
 
     make_facts: Callable[..., Facts]
-    calls: list[list[Asked]] = field(default_factory=list)
+    calls: list[list[Parcel]] = field(default_factory=list)
+    gone: list[int] = field(default_factory=list)
     errors: dict[str, Exception] = field(default_factory=dict)
     cold: set[str] = field(default_factory=set)
     warm: asyncio.Event = field(default_factory=asyncio.Event)
     lost: bool = False
+    hung: bool = False
 
     async def describe(self, task: str, version: str = C, rules: Any = None) -> Facts:
         if task not in RULES:
@@ -59,24 +62,33 @@ class Model:
             await self.warm.wait()
         return self.make_facts(task=task, version=version, **RULES[task])
 
-    async def ask(
-        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings, *_: Any
-    ) -> Answers:
-        if problem_type == "token_classification":
-            return [[[w / 1003, 1 - w / 1003] for w in ids] for ids, _ in inputs]
-        highest = [max(ids[1:-1], default=0) / NUM_WORDS for ids, _ in inputs]
-        return [[one, 1 - one] for one in highest]
-
-    async def together(self, asked: Any) -> list[Answers | Exception]:
-        self.calls.append([*asked])
-        await asyncio.sleep(0.01)
+    async def publish(self, heard: dict[str, int]) -> list[tuple[str, None]]:
         if self.lost:
-            raise NotReady("no model replica is running")
-        return [
-            self.errors.get(f"{one[0]}@{one[1]}") or self.errors.get(one[0])
-            or await self.ask(*one)
-            for one in asked
-        ]  # fmt: skip
+            raise NotReady("there is none")
+        return [("r", None)]
+
+    async def exchange(
+        self, replica: str, ingress: str, heard: int, parcels: Sequence[Parcel], gone: Sequence[int]
+    ) -> Reply:
+        self.calls.append([*parcels])
+        self.gone += gone
+        await asyncio.sleep(3600 if parcels and self.hung else 0.01)
+        reply: Reply = {"replica": "r", "answers": [], "failed": [], "residency": None}
+        for parcel in parcels:
+            error = self.errors.get(f"{parcel.task}@{parcel.version}", self.errors.get(parcel.task))
+            if error is not None:
+                reply["failed"].append(([row[0] for row in parcel.rows], error))
+                continue
+            kind = parcel.problem_type
+            reply["answers"] += [(row[0], scores(kind, row[1])) for row in parcel.rows]
+        return reply
+
+
+def scores(problem_type: str, ids: list[int]) -> Answer:
+    if problem_type == "token_classification":
+        return [[w / 1003, 1 - w / 1003] for w in ids]
+    highest = max(ids[1:-1], default=0) / NUM_WORDS
+    return [highest, 1 - highest]
 
 
 @pytest.fixture
@@ -94,12 +106,12 @@ def tasks(store: Directory, model: Model, make_record: Callable[..., TaskRecord]
 
 @pytest.fixture
 def predictor(tasks: Tasks, model: Model, tokenizer: Tokenizer) -> Predictor:
-    return Predictor(tasks, tokenizer, model.ask, max_rows=MAX_ROWS)
+    return Predictor(tasks, tokenizer, Replicas(model).ask, Room(10**4), max_rows=MAX_ROWS)
 
 
 @pytest.fixture
-def fan_out(tasks: Tasks, predictor: Predictor, model: Model) -> FanOut:
-    return FanOut(tasks, predictor, model.together, max_tasks=8, max_rows=MAX_ROWS)
+def fan_out(tasks: Tasks, predictor: Predictor) -> FanOut:
+    return FanOut(tasks, predictor, max_tasks=8, max_rows=MAX_ROWS)
 
 
 def request(tasks: Any, *texts: Any, **others: Any) -> ManyRequest:
@@ -134,7 +146,7 @@ async def test_all_rows_leave_in_one_call(fan_out: FanOut, model: Model) -> None
         answer = await fan_out.predict(request(names, "w1 w2", "w3"))
         assert answer["failed"] == []
         (call,) = model.calls
-        assert sorted(one[0] for one in call) == sorted(names)
+        assert sorted(one.task for one in call) == sorted(names)
 
 
 async def test_texts_are_read_once_where_the_rules_agree(
@@ -146,7 +158,7 @@ async def test_texts_are_read_once_where_the_rules_agree(
         assert [one.args for one in read.call_args_list] == [(["w1 w2", "w3"], True)]
         (call,) = model.calls
         # The very same lists, which go over the wire once.
-        assert len({id(ids) for _, _, _, inputs, *_ in call for ids, _ in inputs}) == 2
+        assert len({id(row[1]) for parcel in call for row in parcel.rows}) == 2
         read.reset_mock()
         await fan_out.predict(request(["topic", "short", "windows", "mood"], "w1 w2"))
         assert read.call_count == 3
@@ -165,9 +177,9 @@ async def test_a_cold_task_holds_nothing_back_and_reads_again_what_it_needs(
         model.warm.set()
         answer = await going
     assert answer["failed"] == []
+    assert [[one.task for one in call] for call in model.calls] == [["mood", "topic"], ["names"]]
     for name, one in answer["answers"].items():
         assert told(one) == told(await predictor.predict(name, asked))
-    assert [[one[0] for one in call] for call in model.calls] == [["mood", "topic"], ["names"]]
 
 
 async def test_what_fails_fails_alone(fan_out: FanOut, model: Model) -> None:
@@ -199,7 +211,10 @@ async def test_pairs_are_for_tasks_of_pairs(fan_out: FanOut) -> None:
     assert len(answer["answers"]["nli"]["results"]) == 1
 
 
-async def test_when_no_replica_answers_each_task_says_so(fan_out: FanOut, model: Model) -> None:
+async def test_when_no_replica_answers_each_task_says_so(
+    fan_out: FanOut, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicas, "_PATIENCE_S", 0.01)
     model.lost = True
     answer = await fan_out.predict(request(["mood", "topic"], "w1"))
     assert answer["failed"] == ["mood", "topic"]
@@ -306,31 +321,31 @@ async def test_each_task_may_make_its_share_of_windows(fan_out: FanOut) -> None:
     assert "more than 20 windows of 16 tokens, a task's share" in said["error"]
 
 
-@pytest.mark.parametrize("limit", ["MAX_CALL_TOKENS", "MAX_CALL_SCORES"])
 async def test_no_call_is_too_large(
-    fan_out: FanOut, predictor: Predictor, model: Model, monkeypatch: pytest.MonkeyPatch, limit: str
+    fan_out: FanOut, predictor: Predictor, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A task's row has 4 tokens; of scores the token classifier's has 8, the others' 2.
-    monkeypatch.setattr(together, limit, 10)
+    monkeypatch.setattr(outbox, "_MAX_CALL_TOKENS", 10)  # a task's row has 4
     names = ["mood", "names", "topic", "price"]
     asked = request(names, "w1 w2")
     answer = await fan_out.predict(asked)
-    sizes = {"MAX_CALL_TOKENS": [2, 2], "MAX_CALL_SCORES": [2, 2]}
-    assert [len(call) for call in model.calls] == sizes[limit]
+    assert [len(call) for call in model.calls if call] == [2, 2]
     for name in names:
         assert told(answer["answers"][name]) == told(await predictor.predict(name, asked))
 
 
 async def test_a_caller_who_goes_away_leaves_nothing_behind(fan_out: FanOut, model: Model) -> None:
-    before = asyncio.all_tasks()
+    await fan_out.predict(request(["mood"], "w1"))
+    model.calls.clear()
+    model.hung = True
     going = asyncio.ensure_future(fan_out.predict(request(["mood", "topic"], "w1")))
-    while not model.calls:
-        await asyncio.sleep(0.001)
-    going.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await going
-    await asyncio.sleep(0)
-    assert asyncio.all_tasks() == before
+    async with asyncio.timeout(5):
+        while not model.calls:
+            await asyncio.sleep(0.001)
+        going.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await going
+        while len(model.gone) < 2:
+            await asyncio.sleep(0.001)
 
 
 @pytest.mark.parametrize("given", [["mood", "topic"], ("mood", "topic")])

@@ -13,7 +13,7 @@ from deployments.ingress import golden
 from deployments.ingress.calls import Answers, Encodings
 from deployments.ingress.golden import read_golden, try_golden
 from deployments.ingress.runs import Runs
-from deployments.rows import Facts, ProblemType
+from deployments.rows import Facts
 from deployments.tokens import Tokenizer
 
 NUM_WORDS = 1000  # of the tokenizer of these tests
@@ -27,8 +27,9 @@ class Model:
         self.error: Exception | None = None
 
     async def ask(
-        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings, *_: Any
+        self, facts: Facts, inputs: Encodings, deadline_s: float | None = None
     ) -> Answers:
+        version = facts["version"]
         self.asked.append((version, len(inputs)))
         if self.error is not None:
             raise self.error

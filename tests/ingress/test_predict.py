@@ -1,7 +1,6 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,14 @@ from ray.exceptions import RayTaskError
 from adapters.directory import Directory
 from adapters.errors import AdapterChanged, AdapterRefused
 from deployments.errors import BadInput
-from deployments.ingress import calls
+from deployments.ingress import runs
 from deployments.ingress.calls import Answers, Encodings
 from deployments.ingress.folders import Folders
 from deployments.ingress.predict import Predictor
 from deployments.ingress.tasks import Tasks
 from deployments.ingress.wire import PredictRequest
-from deployments.rows import Facts, ProblemType
+from deployments.room import Room
+from deployments.rows import Facts
 from deployments.tokens import Tokenizer
 
 NUM_WORDS = 1000  # of the tokenizer of these tests
@@ -39,7 +39,7 @@ class Model:
     """Scores a row by what it says; `broken` words fail their row alone."""
 
     facts: Facts
-    calls: list[tuple[str, str, ProblemType, Encodings]] = field(default_factory=list)
+    calls: list[tuple[Facts, Encodings]] = field(default_factory=list)
     errors: list[Exception] = field(default_factory=list)
     broken: set[int] = field(default_factory=set)
     num_described: int = 0
@@ -49,13 +49,13 @@ class Model:
         return {**self.facts, "version": f"{self.num_described:08}"}
 
     async def ask(
-        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings, *_: Any
+        self, facts: Facts, inputs: Encodings, deadline_s: float | None = None
     ) -> Answers:
-        self.calls.append((task, version, problem_type, inputs))
+        self.calls.append((facts, inputs))
         await asyncio.sleep(0.02 / len(self.calls))  # later calls end earlier
         if self.errors:
             raise self.errors.pop(0)
-        if problem_type == "token_classification":
+        if facts["problem_type"] == "token_classification":
             return [[[share(i), 1 - share(i)] for i in ids] for ids, _ in inputs]
         return [
             "this row broke" if self.broken & set(ids) else [score(ids), 1 - score(ids)]
@@ -75,7 +75,7 @@ Ask = Callable[..., Any]
 def ask(store: Directory, write: Callable[..., Path], model: Model, tokenizer: Tokenizer) -> Ask:
     write()
     tasks = Tasks(Folders(store, model.describe, settle_s=0), model.describe)
-    predictor = Predictor(tasks, tokenizer, model.ask, max_rows=2000)
+    predictor = Predictor(tasks, tokenizer, model.ask, Room(10**4), max_rows=2000)
 
     async def ask(*texts: Any, task: str = "mood", **others: Any) -> dict[str, Any]:
         request = PredictRequest.model_validate({"texts": list(texts), **others})
@@ -100,34 +100,9 @@ async def test_every_row_has_its_own_answer_in_order(ask: Ask, model: Model) -> 
         assert result["probabilities"] == {"no": own, "yes": 1 - own}
         assert result["prediction"] == ("no" if own >= 0.5 else "yes")
         assert result["confidence"] == max(own, 1 - own)
-    ((task, version, problem_type, inputs),) = model.calls
-    assert (task, version, problem_type) == ("mood", "00000001", "single_label_classification")
+    ((facts, inputs),) = model.calls
+    assert (facts["task"], facts["version"]) == ("mood", "00000001")
     assert inputs == [(ids_of(text), None) for text in texts]
-
-
-async def test_many_tokens_go_in_several_calls_and_stay_in_order(
-    ask: Ask, model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(calls, "MAX_CALL_TOKENS", 12)
-    texts = [f"w{n} " * (1 + n % 5) for n in range(40)] + ["w7 " * 14] * 2
-    answer = await ask(*texts, return_scores=True)
-    own = [score(ids_of(text)) for text in texts]
-    assert [result["probabilities"]["no"] for result in answer["results"]] == own
-    sizes = [[len(ids) for ids, _ in inputs] for _, _, _, inputs in model.calls]
-    assert sum(map(len, sizes)) == 42
-    assert all(sum(call) <= 12 or len(call) == 1 for call in sizes)
-    assert all(sum(a) + b[0] > 12 for a, b in pairwise(sizes))
-
-
-async def test_many_scores_come_in_several_answers(
-    ask: Ask, model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(calls, "MAX_CALL_SCORES", 6)  # three rows of two labels
-    texts = [f"w{n}" for n in range(10)]
-    answer = await ask(*texts, return_scores=True)
-    own = [score(ids_of(text)) for text in texts]
-    assert [result["probabilities"]["no"] for result in answer["results"]] == own
-    assert [len(inputs) for _, _, _, inputs in model.calls] == [3, 3, 3, 1]
 
 
 async def test_a_row_that_fails_in_the_model_fails_alone(ask: Ask, model: Model) -> None:
@@ -144,7 +119,7 @@ async def test_a_row_that_fails_in_the_model_fails_alone(ask: Ask, model: Model)
 async def test_a_long_text_is_cut_and_says_so(ask: Ask, model: Model) -> None:
     answer = await ask("w1 " * 30, "w2", "w3 " * 14, "w4 " * 15)
     assert [result.get("truncated") for result in answer["results"]] == [True, None, None, True]
-    assert [len(ids) for ids, _ in model.calls[0][3]] == [16, 3, 16, 16]
+    assert [len(ids) for ids, _ in model.calls[0][1]] == [16, 3, 16, 16]
     assert answer["num_tokens"] == 51
 
 
@@ -154,7 +129,7 @@ async def test_a_long_text_that_may_not_be_cut_fails_alone(ask: Ask, model: Mode
     assert "32 tokens are over the task's max_length of 16" in answer["results"][1]["error"]
     for place, text in ((0, "w1"), (2, "w3")):
         assert answer["results"][place]["probabilities"]["no"] == score(ids_of(text))
-    assert len(model.calls[0][3]) == 2
+    assert len(model.calls[0][1]) == 2
 
 
 async def test_a_text_that_cannot_be_cut_as_the_rules_say_fails_alone(
@@ -182,7 +157,7 @@ async def test_a_version_that_changed_on_the_way_is_asked_for_anew(ask: Ask, mod
     model.errors = [RayTaskError("predict", "trace", changed).as_instanceof_cause()]
     answer = await ask("w1", return_scores=True)
     assert answer["version"] == "00000002"
-    assert [version for _, version, _, _ in model.calls] == ["00000001", "00000002"]
+    assert [facts["version"] for facts, _ in model.calls] == ["00000001", "00000002"]
     assert answer["results"][0]["probabilities"]["no"] == score(ids_of("w1"))
 
 
@@ -213,7 +188,7 @@ async def test_a_regression_gives_values_and_takes_no_threshold(ask: Ask, model:
     model.facts |= {"problem_type": "regression", "labels": ["x", "y"]}
     own = score(ids_of("w1"))
     assert (await ask("w1"))["results"] == [{"prediction": [own, 1 - own]}]
-    assert model.calls[0][2] == "regression"
+    assert model.calls[0][0]["problem_type"] == "regression"
     with pytest.raises(BadInput, match="is a regression and takes no threshold"):
         await ask("w1", threshold=0.5)
 
@@ -229,7 +204,7 @@ def of_tokens(model: Model) -> None:
 @pytest.mark.usefixtures("of_tokens")
 async def test_entities_have_their_place_in_the_caller_s_text(ask: Ask, model: Model) -> None:
     answer = await ask("w900  👍 w100\ud800 w250", "", "w999", return_scores=True)
-    assert model.calls[0][2] == "token_classification"
+    assert model.calls[0][0]["problem_type"] == "token_classification"
     assert answer["results"] == [
         {
             "prediction": [
@@ -267,22 +242,10 @@ async def test_a_long_text_s_entities_are_those_of_what_was_read(ask: Ask) -> No
     assert result["truncated"]
 
 
-@pytest.mark.usefixtures("of_tokens")
-async def test_many_scores_of_tokens_come_in_several_answers(
-    ask: Ask, model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(calls, "MAX_CALL_SCORES", 24)  # three rows of four tokens, two labels
-    answer = await ask(*(f"w{100 + n} w999" for n in range(10)))
-    assert [len(inputs) for _, _, _, inputs in model.calls] == [3, 3, 3, 1]
-    assert [result["prediction"][0]["score"] for result in answer["results"]] == [
-        pytest.approx(1 - share(100 + n)) for n in range(10)
-    ]
-
-
 async def test_pairs_reach_the_model_as_one_input_with_segments(ask: Ask, model: Model) -> None:
     model.facts["pair"] = True
     await ask({"text": "w1 w2", "text_pair": "w3"}, {"text": "w4", "text_pair": ""})
-    assert model.calls[0][3] == [
+    assert model.calls[0][1] == [
         ([CLS, 1, 2, SEP, 3, SEP], [0, 0, 0, 0, 1, 1]),
         ([CLS, 4, SEP, SEP], [0, 0, 0, 1]),
     ]
@@ -326,7 +289,7 @@ async def test_half_a_surrogate_pair_is_replaced_and_the_result_says_so(
     (result,) = (await ask(text if pair is None else {"text": text, "text_pair": pair}))["results"]
     assert result.pop("replaced_characters", None) == replaced
     assert set(result) == {"prediction"}
-    assert model.calls[0][3][0][0] == ids
+    assert model.calls[0][1][0][0] == ids
 
 
 async def test_as_many_texts_as_the_limit_are_answered(ask: Ask) -> None:
@@ -346,7 +309,7 @@ async def test_encoding_does_not_hold_up_the_event_loop(
         return encode(*arguments, **named)
 
     monkeypatch.setattr(tokenizer, "encode", slow)
-    call = asyncio.ensure_future(ask("w1"))
+    call = asyncio.ensure_future(ask("w1 " * (runs._SHORT_CHARACTERS // 3 + 1)))
     await asyncio.wait_for(begun.wait(), 5)
     while not call.done():
         turns += 1

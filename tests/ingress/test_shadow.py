@@ -17,7 +17,8 @@ from deployments.ingress.folders import Folders
 from deployments.ingress.predict import Predictor
 from deployments.ingress.tasks import Tasks
 from deployments.ingress.wire import PredictRequest
-from deployments.rows import Facts, ProblemType
+from deployments.room import Room
+from deployments.rows import Facts
 from deployments.snapshot import Snapshot, TaskRecord
 from deployments.tokens import Tokenizer
 from deployments.usage import Usage
@@ -47,9 +48,11 @@ class Model:
         return self.make_facts(task=task, version=version, **self.changes.get(version, {}))
 
     async def ask(
-        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings, *_: Any
+        self, facts: Facts, inputs: Encodings, deadline_s: float | None = None
     ) -> Answers:
+        version = facts["version"]
         self.asked.append((version, len(inputs)))
+        await asyncio.sleep(0)  # no model answers in the same turn of the loop
         if version == B:
             self.num_at_once += len(inputs)
             self.most_at_once = max(self.most_at_once, self.num_at_once)
@@ -58,7 +61,7 @@ class Model:
             if self.error is not None:
                 raise self.error
         less = 0.1 if version == B else 0.0
-        if problem_type == "token_classification":
+        if facts["problem_type"] == "token_classification":
             return [[[w / NUM_WORDS - less, 1 - w / NUM_WORDS + less] for w in ids]
                     for ids, _ in inputs]  # fmt: skip
         if version in self.broken:
@@ -83,7 +86,7 @@ def tasks(store: Directory, model: Model) -> Tasks:
 
 @pytest.fixture
 def predictor(tasks: Tasks, model: Model, tokenizer: Tokenizer) -> Predictor:
-    return Predictor(tasks, tokenizer, model.ask, max_rows=100)
+    return Predictor(tasks, tokenizer, model.ask, Room(10**4), max_rows=100)
 
 
 @pytest.fixture

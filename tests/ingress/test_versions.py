@@ -26,7 +26,8 @@ from deployments.ingress.predict import Predictor
 from deployments.ingress.routes import make_api
 from deployments.ingress.tasks import Tasks
 from deployments.ingress.wire import PredictRequest
-from deployments.rows import Facts, ProblemType
+from deployments.room import Room
+from deployments.rows import Facts
 from deployments.snapshot import Snapshot, TaskRecord
 from deployments.tokens import Tokenizer
 
@@ -50,8 +51,9 @@ class Model:
         return self.make_facts(task=task, version=version, rules=f"{len(rules or {}):08}")
 
     async def ask(
-        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings, *_: Any
+        self, facts: Facts, inputs: Encodings, deadline_s: float | None = None
     ) -> Answers:
+        version = facts["version"]
         await asyncio.sleep(0)
         if self.during is not None:
             self.during()
@@ -75,7 +77,7 @@ def tasks(store: Directory, model: Model) -> Tasks:
 
 @pytest.fixture
 def predictor(tasks: Tasks, model: Model, tokenizer: Tokenizer) -> Predictor:
-    return Predictor(tasks, tokenizer, model.ask, max_rows=100)
+    return Predictor(tasks, tokenizer, model.ask, Room(10**4), max_rows=100)
 
 
 def install(tasks: Tasks, record: TaskRecord | None) -> None:
@@ -263,7 +265,7 @@ async def test_out_of_contact_the_answer_says_for_how_long(
     folders = Folders(store, model.describe)
     tasks = Tasks(folders, model.describe, silent_s=lambda: 61.04, refuse_when_lost=False)
     install(tasks, make_record(A))
-    answer = await ask(Predictor(tasks, tokenizer, model.ask, max_rows=100))
+    answer = await ask(Predictor(tasks, tokenizer, model.ask, Room(10**4), max_rows=100))
     assert answer["stale_s"] == 61.0
 
 

@@ -16,7 +16,8 @@ from deployments.ingress.predict import Predictor
 from deployments.ingress.tasks import Tasks
 from deployments.ingress.windows import combine
 from deployments.ingress.wire import PredictRequest
-from deployments.rows import Facts, ProblemType
+from deployments.room import Room
+from deployments.rows import Facts
 from deployments.tokens import Tokenizer
 
 WORDS = ["fine", "bad", "vile", "bob", "[UNK]", "[CLS]", "[SEP]"]
@@ -62,10 +63,10 @@ class Model:
         return self.facts
 
     async def ask(
-        self, task: str, version: str, problem_type: ProblemType, inputs: Encodings, *_: Any
+        self, facts: Facts, inputs: Encodings, deadline_s: float | None = None
     ) -> Answers:
         self.asked += [ids for ids, _ in inputs]
-        if problem_type == "token_classification":
+        if facts["problem_type"] == "token_classification":
             return [[[0.1, 0.9] if i == BOB else [0.8, 0.2] for i in ids] for ids, _ in inputs]
         return ["broke" if UNK in ids else scores(ids) for ids, _ in inputs]
 
@@ -83,7 +84,7 @@ def model(make_facts: Callable[..., Facts]) -> Model:
 def ask(store: Directory, write: Callable[..., Path], model: Model, tokenizer: Tokenizer) -> Ask:
     write()
     tasks = Tasks(Folders(store, model.describe, settle_s=0), model.describe)
-    predictor = Predictor(tasks, tokenizer, model.ask, max_rows=MAX_ROWS)
+    predictor = Predictor(tasks, tokenizer, model.ask, Room(10**4), max_rows=MAX_ROWS)
 
     async def ask(*texts: Any, **others: Any) -> list[dict[str, Any]]:
         request = PredictRequest.model_validate({"texts": list(texts), **others})

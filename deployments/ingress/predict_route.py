@@ -1,0 +1,145 @@
+"""The predict routes without FastAPI's routing, injection and encoding, which cost more than both.
+
+FastAPI keeps routes of the same paths: for /docs, and for every request that is out of the ordinary
+in any way, so that there is one place that says what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deployments.ingress.door import TIMEOUT, to_deadline
+from deployments.ingress.predict import Predictor
+from deployments.ingress.wire import PredictRequest
+
+_PATH = re.compile(r"/v1/tasks/([^/]+)/predict")
+_JSON = b"application/json"
+
+_TIMEOUT = TIMEOUT.lower().encode()
+
+Explain = Callable[[Request, Exception], Awaitable[Response]]
+
+
+class _Asked(NamedTuple):
+    request: PredictRequest
+    key: str | None
+    timeout_s: float | None
+
+
+class PredictRoute:
+    """ASGI middleware that answers predictions itself and passes everything else on."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        predictor: Predictor,
+        default_task: str | None,
+        before_each: Callable[[], Awaitable[None]] | None,
+        explain: Explain,
+    ) -> None:
+        """Take the app behind it, who answers, the task of `/predict`, and what tells of errors.
+
+        What is awaited before each request is answered is as in `deployments.ingress.routes`.
+        """
+        self._app = app
+        self._before_each = before_each
+        self._predictor = predictor
+        self._default_task = default_task
+        self._explain = explain
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or pass it on."""
+        task = self._task(scope)
+        if task is None:
+            await self._app(scope, receive, send)
+            return
+        try:
+            body = await _read(receive)
+            asked = None if body is None else _parse(scope, body)
+            if asked is not None:
+                deadline_s = to_deadline(asked.timeout_s)
+                if self._before_each is not None:
+                    await self._before_each()
+                answer = orjson.dumps(
+                    await self._predictor.predict(task, asked.request, asked.key, deadline_s)
+                )
+        except Exception as error:
+            response = await self._explain(Request(scope), error)
+            await response(scope, receive, send)
+            return
+        if body is None:
+            return  # the caller has gone
+        if asked is None:
+            await self._app(scope, _again(body, receive), send)
+            return
+        length = str(len(answer)).encode()
+        headers = [(b"content-length", length), (b"content-type", _JSON)]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": answer})
+
+    def _task(self, scope: Scope) -> str | None:
+        """Return the task that a request asks, None if it is not an ordinary prediction."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return None
+        path: str = scope["path"]
+        mounted: str = scope.get("root_path", "")
+        if mounted and path.startswith(mounted + "/"):
+            path = path[len(mounted) :]
+        found = _PATH.fullmatch(path)
+        task = found[1] if found else self._default_task if path == "/predict" else None
+        if task is None:
+            return None
+        kind = (_header(scope, b"content-type") or b"").partition(b";")[0].strip()
+        return task if kind == _JSON else None
+
+
+def _header(scope: Scope, name: bytes) -> bytes | None:
+    return next((value for key, value in scope["headers"] if key == name), None)
+
+
+def _parse(scope: Scope, body: bytes) -> _Asked | None:
+    """Read an ordinary request; None if something in it is not as it should be."""
+    key, timeout = _header(scope, b"x-routing-key"), _header(scope, _TIMEOUT)
+    try:
+        timeout_s = None if timeout is None else float(timeout)
+        if timeout_s is not None and not 0 < timeout_s < math.inf:
+            return None
+        request = PredictRequest.model_validate_json(body)
+    except ValueError:  # pydantic's is one
+        return None
+    return _Asked(request, None if key is None else key.decode("latin-1"), timeout_s)
+
+
+async def _read(receive: Receive) -> bytes | None:
+    """Read a body to its end; None if it has none."""
+    message = await receive()
+    body: bytes = message.get("body", b"")
+    parts = [body]
+    while message["type"] != "http.disconnect" and message.get("more_body", False):
+        message = await receive()
+        parts.append(message.get("body", b""))
+    if message["type"] == "http.disconnect":
+        return None
+    return b"".join(parts) if len(parts) > 1 else body
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """Return what gives a body that was read to who reads next, and then whatever follows it."""
+    given = False
+
+    async def read() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return read
