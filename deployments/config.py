@@ -215,6 +215,16 @@ class Args(BaseModel):
             return self.num_gpus
         return 1.0 if self.device == "cuda" else 0.0
 
+    @property
+    def max_slots(self) -> int | None:
+        """Most adapters resident at a time, None for as many as the bank holds."""
+        return None if self.adapter_slots == "auto" else self.adapter_slots
+
+    @property
+    def max_host_bytes(self) -> int:
+        """RAM for adapters that wait for a slot, a replica."""
+        return int(self.max_host_gib * GIB)
+
     def open_store(self) -> Store:
         """Open the adapter store, with its disk cache on this machine."""
         return open_store(

@@ -15,12 +15,12 @@ import torch
 
 from adapters.documents import open_documents
 from adapters.rules import ProblemType
-from deployments.config import GIB, Args
+from deployments.config import Args, ConfigError
 from deployments.journal import Journal
 from deployments.model.answers import as_data
-from deployments.model.budget import make_planner
+from deployments.model.budget import limits, make_planner
 from deployments.model.dynamic_batch import batch_queue, dynamic_batch, enter
-from deployments.model.engine import BadRow, DoesNotFit, Loaded, make_engine
+from deployments.model.engine import BadRow, DoesNotFit, make_engine
 from deployments.model.exchange import Exchange, Ways
 from deployments.model.facts import to_facts
 from deployments.model.handles import catalog_poll, hot_on_peers, num_nodes, replica_name
@@ -29,12 +29,14 @@ from deployments.model.memory import take_stock
 from deployments.model.news import News
 from deployments.model.residents import Residents
 from deployments.model.scores import NoNumber
+from deployments.model.slot_writes import SlotWrites
 from deployments.model.threads import forward_threads
 from deployments.model.vocabulary import export_vocabulary, to_pages
 from deployments.model.warmup import warm_up
 from deployments.room import Room
 from deployments.rows import Answer, Facts, Parcel, Prediction, Reply, Residency, Row, Tokens
 from deployments.scaling import ANSWERED, QUEUED, SPEED
+from deployments.settings import MODEL_KEYS, laid_over
 from deployments.snapshot import Snapshot
 from deployments.watch import Watch
 
@@ -52,6 +54,7 @@ class Model:
 
     async def __init__(self, args: Args) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         """Load the base; the replica takes traffic when this returns."""
+        self._args = args
         self.health = Health(end=lambda: os._exit(1))
         threads = forward_threads(args, num_nodes())
         # Thread counts are a thread's own, and Ray would leave this one a single core.
@@ -64,18 +67,20 @@ class Model:
         self._max_length = vocabulary["max_length"]
         self._pages = to_pages(vocabulary)
         self.planner = make_planner(args, on_cpu=self.engine.device.type == "cpu")
-        host_bytes = int(args.max_host_gib * GIB)
-        memory = take_stock(self.engine.encoder, self.planner.most_tokens, host_bytes)
-        memory.check()
+        self._memory = take_stock(
+            self.engine.encoder, self.planner.most_tokens, args.max_host_bytes
+        )
+        self._memory.check()
         self._news = News()
+        writes = SlotWrites(self.engine, self._device, self._news, self.health)
         self.residents = Residents(
             self.engine,
             args.open_store(),
-            host_bytes=host_bytes,
-            max_slots=None if args.adapter_slots == "auto" else args.adapter_slots,
+            host_bytes=args.max_host_bytes,
+            max_slots=args.max_slots,
             pinned_tasks=args.pinned_tasks,
-            write=self._write,
-            forget=self._forget,
+            write=writes.write,
+            forget=writes.forget,
         )
         enter_row = partial(enter, self.answer)
         ways = Ways(self.residents.pin, enter_row, as_data, self.planner.promise)
@@ -91,8 +96,24 @@ class Model:
             self.engine.quantization,
             self.engine.device,
             threads,
-            memory,
+            self._memory,
         )
+
+    async def reconfigure(self, user_config: Any) -> None:
+        """Take what a Serve YAML changes in place; what is wrong changes nothing and is logged.
+
+        Raising would cost this replica, and the next one, which would be told the same.
+        """
+        try:
+            args = laid_over(self._args, user_config, MODEL_KEYS)
+            planner = limits(args, on_cpu=self.engine.device.type == "cpu")
+            self._memory.given(self.engine.encoder, planner.max_tokens, args.max_host_bytes).check()
+        except ConfigError as error:
+            logger.error("user_config of Model is refused, and nothing changes: %s", error)
+            return
+        self.planner.limit(planner)
+        self.residents.host.resize(args.max_host_bytes)
+        self.residents.slots.resize(args.max_slots)
 
     async def vocabulary_page(self, page: int) -> bytes:
         """Return a page of the tokenizer (`deployments.model.vocabulary`), empty past the last."""
@@ -247,40 +268,6 @@ class Model:
 
     async def _heed(self, old: Snapshot, new: Snapshot, changed: Collection[str]) -> None:
         await self.residents.follow(old, new)
-
-    async def _write(self, slot: int, loaded: Loaded, gone: Sequence[int]) -> None:
-        """Hand an adapter over to a slot, after those that leave.
-
-        It is not waited for. The one thread works in order, so every forward handed over from now
-        on finds it there, and its rows join the next batch instead of the one after.
-        """
-        started_s = time.perf_counter()
-        name = f"{loaded.artifact.task}@{loaded.artifact.version}"
-
-        def written(writing: asyncio.Future[None]) -> None:
-            if writing.cancelled():
-                return
-            if writing.exception() is not None:
-                # The slot is empty now: rows for it fail, and none is answered by another adapter.
-                self.health.lose("the device took no adapter into a slot")
-                logger.error("adapter=%s was not written", name, exc_info=writing.exception())
-                return
-            taken_ms = 1e3 * (time.perf_counter() - started_s)
-            size = loaded.num_bytes
-            logger.info("adapter=%s to=slot:%d bytes=%d ms=%.1f", name, slot, size, taken_ms)
-            if gone:
-                logger.info("left=slot:%s", ",".join(map(str, gone)))
-
-        self._news.came(slot, name, gone)
-        loop = asyncio.get_running_loop()
-        writing = loop.run_in_executor(self._device, self.engine.write, slot, loaded, gone)
-        writing.add_done_callback(written)
-
-    def _forget(self, slots: Sequence[int]) -> None:
-        """Free slots once the rows that were handed over before have been answered."""
-        logger.info("left=slot:%s", ",".join(map(str, slots)))
-        self._news.left(slots)
-        asyncio.get_running_loop().run_in_executor(self._device, self.engine.forget, slots)
 
     async def _on_device(self, work: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._device, work, *args)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -44,6 +44,14 @@ class Memory:
         told = " + ".join(f"{name} {of / GIB:.2f}" for name, of in parts.items() if of)
         return f"{told} of {self.available / GIB:.2f} GiB"
 
+    def given(self, encoder: Encoder, max_tokens: int, host_bytes: int) -> Memory:
+        """Return the same with other budgets; arguments as for `take_stock`."""
+        activations = largest_activations(encoder, max_tokens)
+        if encoder.device.type == "cuda":
+            activations += largest_graphs(encoder, max_tokens)
+            host_bytes = 0
+        return replace(self, activations=activations, host=host_bytes)
+
     def check(self) -> None:
         """Refuse what cannot fit.
 
@@ -71,13 +79,12 @@ def take_stock(encoder: Encoder, max_tokens: int, host_bytes: int) -> Memory:
         for tensor in (*encoder.model.parameters(), *encoder.model.buffers())
     }
     weights, bank = sum(stored.values()), encoder.bank.memory.nbytes
-    activations = largest_activations(encoder, max_tokens)
     if encoder.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(encoder.device)
-        activations += largest_graphs(encoder, max_tokens)
-        return Memory(weights, bank, activations, 0, free + weights + bank)
-    # Pages that were never written take nothing yet.
-    return Memory(weights, bank, activations, host_bytes, available_ram() + weights)
+        available = free + weights + bank
+    else:
+        available = available_ram() + weights  # pages that were never written take nothing yet
+    return Memory(weights, bank, 0, 0, available).given(encoder, max_tokens, host_bytes)
 
 
 def largest_activations(encoder: Encoder, max_tokens: int) -> int:

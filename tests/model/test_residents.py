@@ -281,3 +281,24 @@ async def test_describes_at_once_share_a_read(
     said: list[Facts] = await asyncio.gather(*(model.describe("mood", version) for _ in range(8)))
     assert all(facts == said[0] for facts in said)
     assert store.reads == [("mood", version)]
+
+
+async def test_budgets_change_in_place_and_a_wrong_one_changes_nothing(
+    model: Model, publish: Publish, caplog: pytest.LogCaptureFixture
+) -> None:
+    versions = {task: publish(task) for task in ("one", "two", "three")}
+    for task, version in versions.items():
+        await ask(model, task, version)
+    assert len(model.residents.slots.resident) == len(model.residents.host.versions) == 3
+    await model.reconfigure({"adapter_slots": 2, "max_batch_rows": 5, "max_host_gib": 1e-9})
+    assert model.residents.slots.slots_free == 0
+    assert not model.residents.host.versions
+    assert model.planner.rows_of(1) == 5
+    for wrong in ({"adapter_slots": 0}, {"bank_gib": 2}, {"max_batch_tokens": 10**12}):
+        await model.reconfigure(wrong)
+        assert "user_config of Model is refused, and nothing changes" in caplog.text
+        caplog.clear()
+        assert model.planner.rows_of(1) == 5
+    await model.reconfigure({})
+    assert model.residents.slots.slots_free is None
+    assert model.planner.rows_of(1) > 5
