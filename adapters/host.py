@@ -36,6 +36,11 @@ class Host(Generic[T]):
             return
         self.used_bytes += self._size(item)
         self._items[version] = item
+        self.resize(self._max_bytes)
+
+    def resize(self, max_bytes: int) -> None:
+        """Change the budget, and let the least recently used go until it holds."""
+        self._max_bytes = max_bytes
         while self.used_bytes > self._max_bytes:
             _, gone = self._items.popitem(last=False)
             self.used_bytes -= self._size(gone)

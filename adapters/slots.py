@@ -83,7 +83,12 @@ class Slots(Generic[T]):
         """Slots that newcomers could have likewise; None if only the pages limit them."""
         if self._max_slots is None:
             return None
-        return self._max_slots - self._last_slot + len(self._free_slots)
+        return max(0, self._max_slots - self._num_taken)
+
+    def resize(self, max_slots: int | None) -> None:
+        """Change how many may be resident; who is too many leaves when the next one comes."""
+        self._max_slots = max_slots
+        self._changed.set()
 
     async def keep(self, version: str) -> None:
         """Load a version, and let it stay until `let_go`.
@@ -195,7 +200,8 @@ class Slots(Generic[T]):
         while not self._fits(num_pages):
             kept = [seat for v, seat in self._seats.items() if v in self._kept]
             room = self._num_pages - sum(seat.num_pages for seat in kept)
-            if num_pages > room or len(kept) == self._max_slots:
+            is_full = self._max_slots is not None and len(kept) >= self._max_slots
+            if num_pages > room or is_full:
                 raise BankFull(version, len(kept))
             leaving = self._next_to_leave()
             if leaving is None:
@@ -211,8 +217,12 @@ class Slots(Generic[T]):
             self._left.append(seat.slot)
 
     def _fits(self, num_pages: int) -> bool:
-        has_slot = self._free_slots or self._max_slots is None or self._last_slot < self._max_slots
-        return bool(has_slot) and num_pages <= self._free_pages
+        has_slot = self._max_slots is None or self._num_taken < self._max_slots
+        return has_slot and num_pages <= self._free_pages
+
+    @property
+    def _num_taken(self) -> int:
+        return self._last_slot - len(self._free_slots)
 
     def _next_slot(self) -> int:
         self._last_slot += 1

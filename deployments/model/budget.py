@@ -93,6 +93,11 @@ class Budget:
         """Keep forwards short for a while: rows of a task are to be answered in so many seconds."""
         self._targets[task] = (target_s, time.monotonic())
 
+    def limit(self, planner: Planner) -> None:
+        """Change what limits the batches from the next one on; what was learned stays."""
+        self._planner = planner
+        self._fitting_tokens = float(planner.max_tokens)
+
     def rows_of(self, length: int) -> int:
         """Return how many rows of so many tokens the next forward may have, 1 at least."""
         return max(1, min(self._planner.max_rows, self.max_tokens // length))
@@ -132,7 +137,12 @@ class Budget:
 
 
 def make_planner(args: Args, *, on_cpu: bool) -> Budget:
-    """Return the planner for a device.
+    """Return the planner for a device; see `limits`."""
+    return Budget(limits(args, on_cpu=on_cpu))
+
+
+def limits(args: Args, *, on_cpu: bool) -> Planner:
+    """Return the most that a forward may have on a device, however fast it is.
 
     On a CPU more than about a thousand tokens leave its caches and take longer a token, and a
     forward has little fixed cost: less padding is better (benchmarks/padding.py).
@@ -143,4 +153,4 @@ def make_planner(args: Args, *, on_cpu: bool) -> Budget:
     planner = Planner(args.max_batch_rows, tokens)
     if on_cpu:
         planner = replace(planner, max_stretch=1.25, short_tokens=8)
-    return Budget(planner)
+    return planner

@@ -165,3 +165,11 @@ async def test_what_is_dropped_is_gone_and_its_load_is_not_kept(
     load.open.set()
     assert await call == "xxx"
     assert (set(host.versions), host.used_bytes) == ({"b"}, 2)
+
+
+async def test_a_smaller_budget_holds_at_once(host: Host[str]) -> None:
+    for name in "abc":
+        host.put(name, "xxx")
+    host.resize(4)
+    assert held(host, "abc") == "c"
+    assert host.used_bytes == 3

@@ -518,3 +518,26 @@ async def test_what_is_kept_again_after_it_was_dropped_stays(bank: Bank, settle:
     with pytest.raises(BankFull):
         await use(slots, "b")
     assert set(slots.resident) == {"a"}
+
+
+async def test_fewer_slots_let_the_surplus_go_when_the_next_one_comes(bank: Bank) -> None:
+    slots = bank.slots(4)
+    for version in "abcd":
+        await use(slots, version)
+    slots.resize(2)
+    assert (set(slots.resident), slots.slots_free) == (set("abcd"), 0)
+    assert await use(slots, "d") == 4  # who is here is answered
+    await use(slots, "e")
+    assert set(slots.resident) == {"d", "e"}
+    assert len(bank.rows) == 2
+    slots.resize(3)
+    assert slots.slots_free == 1
+    await use(slots, "a")
+    assert set(slots.resident) == {"a", "d", "e"}
+    await slots.keep("a")
+    slots.resize(1)
+    with pytest.raises(BankFull):
+        await use(slots, "b")
+    slots.resize(None)
+    await use(slots, "b")
+    assert set(slots.resident) == {"a", "b", "d", "e"}

@@ -12,6 +12,7 @@ import click
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
+from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.config import Args
@@ -37,6 +38,11 @@ def serve_config(text: str) -> dict[str, Any]:
         "device": args.device,
         "gpus": args.gpus,
         "deployments": sorted(d.name for d in application.deployments),
+        "policies": [
+            AutoscalingConfig(**d.autoscaling_config).policy.get_policy().__qualname__
+            for d in application.deployments
+            if isinstance(d.autoscaling_config, dict)
+        ],
         "port": config.http_options.port,
     }
 

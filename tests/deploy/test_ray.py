@@ -33,6 +33,7 @@ def test_serve_and_the_application_take_the_config(where: str, found: dict[str, 
     assert {"base_model", "adapter_store", "device", "bank_gib"} <= set(config["keys"])
     assert (config["device"], config["gpus"]) == ("cuda", 1)
     assert config["deployments"] == ["Ingress", "Model"]
+    assert config["policies"] == ["replicas_for"]
     assert config["port"] == 8000
 
 

@@ -188,3 +188,14 @@ def test_a_target_that_cannot_be_kept_does_not_make_forwards_ever_shorter() -> N
     budget.promise("urgent", 0.01)
     simulated(budget, [32] * 800, fixed_s=0.05, token_s=1e-4)
     assert budget.max_tokens > 200
+
+
+def test_other_limits_hold_from_the_next_batch_on() -> None:
+    budget = Budget(Planner(8, 1000))
+    budget.note([100] * 8, 0.001)
+    assert len(budget.pick([10] * 20)) == 8
+    budget.limit(Planner(3, 1000))
+    assert len(budget.pick([10] * 20)) == 3
+    budget.limit(Planner(20, 50))
+    assert len(budget.pick([10] * 20)) == 5
+    assert budget.tokens_per_s > 0
