@@ -41,6 +41,7 @@ def fast_path(home: Path) -> dict[str, str]:
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
@@ -95,12 +96,17 @@ class Head:
             cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S,
         )  # fmt: skip
 
-    def deploy(self, deployments: Sequence[dict[str, Any]] = (), **args: Any) -> None:
+    def deploy(
+        self,
+        deployments: Sequence[dict[str, Any]] = (),
+        import_path: str = "deployments.app:build",
+        **args: Any,
+    ) -> None:
         """Deploy the example with other `args`, and with `deployments:`."""
         config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
         config["http_options"]["port"] = self.port
         config["applications"][0]["args"] |= args
-        config["applications"][0]["deployments"] = list(deployments)
+        config["applications"][0] |= {"import_path": import_path, "deployments": list(deployments)}
         path = self.folder / "serve_config.yaml"
         path.write_text(yaml.safe_dump(config))
         wait_until(lambda: self.serve("deploy", str(path)).returncode == 0)
