@@ -36,6 +36,16 @@ def wait_until(true: Callable[[], bool], *, every_s: float = 0.5) -> None:
         time.sleep(every_s)
 
 
+def tasks(url: str) -> list[dict[str, Any]]:
+    """All that an application says of its tasks, but for what was counted since it started."""
+    with httpx2.Client(base_url=url, timeout=60) as client:
+        names = [task["task"] for task in client.get("/v1/tasks").json()["tasks"]]
+        told = [client.get(f"/v1/tasks/{name}").json() for name in names]
+    for task in told:
+        del task["usage"]
+    return told
+
+
 def fast_path(home: Path) -> dict[str, str]:
     """HAProxy and throughput mode, with ports and paths that disturb no other server here."""
     return {
@@ -51,6 +61,26 @@ def fast_path(home: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(home / "h"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(home / "h" / "state"),
     }
+
+
+def started_from(home: Path) -> list[int]:
+    """Pids of all processes that run below one, known by the HOME that it was given."""
+    mine = f"HOME={home}".encode()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if mine in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
+
+
+def end(home: Path, main: subprocess.Popen[Any]) -> None:
+    """Kill a process and all below it."""
+    while left := started_from(home):
+        for process in left:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        main.wait(30)
 
 
 class Head:
@@ -137,7 +167,7 @@ class Head:
     def pids(self, title: str) -> list[int]:
         """Pids of this node's processes whose command line has a word."""
         found = []
-        for pid in self._processes():
+        for pid in started_from(self.folder):
             with suppress(OSError):
                 if title.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
                     found.append(pid)
@@ -155,17 +185,4 @@ class Head:
 
     def stop(self) -> None:
         """End this node's processes, and no others, as `ray stop` would."""
-        while left := self._processes():
-            for process in left:
-                with suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
-            self._main.wait(30)
-
-    def _processes(self) -> list[int]:
-        mine = f"HOME={self.folder}".encode()
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):
-                if mine in (folder / "environ").read_bytes().split(b"\0"):
-                    found.append(int(folder.name))
-        return found
+        end(self.folder, self._main)

@@ -17,7 +17,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.serve.head import Head, fast_path, wait_until
+from tests.serve.head import Head, fast_path, tasks, wait_until
 from tests.serve.load import Steady, Wanted
 
 TASKS = ("sentiment", "spam", "topic", "aspects")
@@ -109,13 +109,7 @@ def are_running(head: Head, **replicas: int) -> bool:
 
 def configuration(head: Head) -> dict[str, Any]:
     """All that a fault must not change: tasks, versions, traffic, how many replicas there are."""
-    with httpx2.Client(base_url=head.url, timeout=60) as client:
-        names = [task["task"] for task in client.get("/v1/tasks").json()["tasks"]]
-        tasks = [client.get(f"/v1/tasks/{name}").json() for name in names]
-    for task in tasks:
-        del task["usage"]  # counted since the ingress, or the catalog, started
-    replicas = {name: len(head.running(name)) for name in ("Ingress", "Model", "Catalog")}
-    return {"tasks": tasks, **replicas}
+    return {"tasks": tasks(head.url), **{name: len(of) for name, of in pids(head).items()}}
 
 
 def pids(head: Head) -> dict[str, list[int]]:

@@ -44,11 +44,11 @@ def lose(cluster: Cluster) -> dict[str, Any]:
     for pid in (*started, *below):
         os.kill(pid, signal.SIGKILL)
     cluster.remove_node(second, allow_graceful=False)
-    return {"lost": second.node_id, "processes": len(started) + len(below)}
+    return {"lost": second.node_id, "killed": [*started, *below]}
 
 
 def main(home: str, config: str) -> None:
-    cluster = Cluster(initialize_head=True, head_node_args=NODE | {"_temp_dir": f"{home}/ray"})
+    cluster = Cluster(initialize_head=True, head_node_args=NODE | {"temp_dir": f"{home}/ray"})
     cluster.add_node(**NODE)
     ray.init(address=cluster.address, namespace=SERVE_NAMESPACE, log_to_driver=False)
     from ray import serve
