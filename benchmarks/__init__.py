@@ -27,6 +27,7 @@ QUESTIONS = (
     "stages",
     "threads",
     "serving",
+    "placement",
 )
 
 

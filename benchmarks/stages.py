@@ -33,13 +33,15 @@ from benchmarks.examples import BASE, STORE, STORE_FOLDER, example_texts
 from benchmarks.record import table
 from deployments.config import Args
 from deployments.ingress import runs
+from deployments.ingress.calls import Answers, Encodings
 from deployments.ingress.folders import Folders
 from deployments.ingress.predict import Predictor
 from deployments.ingress.tasks import Tasks
 from deployments.ingress.wire import PredictRequest
 from deployments.model.deployment import Model
 from deployments.model.vocabulary import export_vocabulary
-from deployments.rows import Row
+from deployments.room import Room
+from deployments.rows import Facts, Row
 from deployments.tokens import Tokenizer
 
 STAGES = ("tokenise", "queue", "pack", "base", "LoRA", "head", "post")
@@ -71,7 +73,11 @@ async def row_of(adapters: str, store: str, asked: Asked) -> dict[str, Any]:
     )
     tokenizer = Tokenizer(export_vocabulary(model.engine.encoder))
     tasks = Tasks(Folders(Directory(store), model.describe), model.describe)
-    predictor = Predictor(tasks, tokenizer, model.predict, max_rows=TEXTS)
+
+    async def ask_model(facts: Facts, inputs: Encodings, _: float | None = None) -> Answers:
+        return await model.predict(facts["task"], facts["version"], facts["problem_type"], inputs)
+
+    predictor = Predictor(tasks, tokenizer, ask_model, Room(4 * TEXTS), max_rows=TEXTS)
     await ask(predictor, asked)  # loads the adapters, and the planner learns
     profiles, bare_s = [], []
     for _ in range(ROUNDS):

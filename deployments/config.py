@@ -120,6 +120,12 @@ class Args(BaseModel):
         description="Most tasks that one request may ask at once; times its texts they are at most "
         "max_request_rows.",
     )
+    max_rows_on_the_way: Annotated[int, Field(ge=2)] = Field(
+        8192,
+        description="Most rows that wait or are computed, an ingress and a model replica: a text "
+        "is one, a long one in windows several. What comes beyond is refused at once (429). A "
+        "task may have as many as it leaves free, so alone half of them.",
+    )
     max_body_bytes: Annotated[int, Field(ge=1024)] = Field(
         4 * 2**20, description="Largest request body."
     )
@@ -190,6 +196,11 @@ class Args(BaseModel):
             raise ConfigError("min_replicas needs max_replicas beside it")
         if args.max_replicas is not None and (args.min_replicas or 1) > args.max_replicas:
             raise ConfigError("min_replicas is over max_replicas")
+        if args.max_rows_on_the_way < 2 * args.max_request_rows:
+            raise ConfigError(
+                f"max_rows_on_the_way={args.max_rows_on_the_way} is less than two requests of "
+                f"max_request_rows={args.max_request_rows}; raise it"
+            )
         if args.adapter_slots != "auto" and len(args.pinned_tasks) >= args.adapter_slots:
             raise ConfigError(
                 f"pinned_tasks names {len(args.pinned_tasks)} tasks, which leaves none of "

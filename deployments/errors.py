@@ -8,6 +8,7 @@
     ├── Stale        412  a change to a task that another one has changed since
     ├── TooLarge     413  its body is over the limit
     ├── BadInput     422  the request says something that cannot be answered
+    ├── Overloaded   429  there are too many rows on their way
     ├── TooLate      504  its deadline passed before it was answered
     └── NotReady     503  no replica can answer at the moment
         └── Unsure   503  a change may have been made, or not
@@ -68,6 +69,10 @@ class BadInput(RequestError):
 
 class TooLarge(RequestError):
     """The request's body is over the limit."""
+
+
+class Overloaded(RequestError):
+    """There are too many rows on their way, of this task or of all."""
 
 
 class NotReady(RequestError):
@@ -134,6 +139,7 @@ _TABLE: dict[type[Exception], tuple[int, str, int | None]] = {
     Stale: (412, "Precondition failed", None),
     BadInput: (422, "Invalid request", None),
     TooLarge: (413, "Request too large", None),
+    Overloaded: (429, "Too many requests", 1),
     Unsure: (503, "Outcome unknown", 1),
     NotReady: (503, "Not ready", 1),
     TooLate: (504, "Deadline passed", None),

@@ -24,6 +24,7 @@ from deployments.errors import (
     Forbidden,
     NoMatch,
     NotReady,
+    Overloaded,
     RequestError,
     Stale,
     TooLarge,
@@ -51,10 +52,11 @@ ERRORS = [
     (BadInput("texts is empty"), 422, ValueError),
     (TooLarge("the body is over 5 bytes"), 413, ValueError),
     (NotReady("no replica runs"), 503, RuntimeError),
+    (Overloaded("there are too many texts"), 429, RuntimeError),
     (TooLate("the deadline passed"), 504, TimeoutError),
     (Unsure("the store did not answer"), 503, RuntimeError),
 ]
-RETRIED = (AdapterIncomplete, AdapterChanged, StoreUnreachable, NotReady)
+RETRIED = (AdapterIncomplete, AdapterChanged, StoreUnreachable, NotReady, Overloaded)
 
 by_name = pytest.mark.parametrize(
     ("error", "status", "builtin"), ERRORS, ids=lambda given: type(given).__name__

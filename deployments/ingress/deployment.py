@@ -18,6 +18,7 @@ from deployments.config import Args, admin_token, tokenize_without_pool
 from deployments.errors import INTERNAL, to_problem
 from deployments.ingress.access import Access
 from deployments.ingress.admin import add_change_routes
+from deployments.ingress.door import check_timeout, to_deadline
 from deployments.ingress.fanout import FanOut
 from deployments.ingress.folders import Folders
 from deployments.ingress.golden import try_golden
@@ -31,6 +32,7 @@ from deployments.ingress.usage import report
 from deployments.ingress.wire import to_request
 from deployments.internals import bind_host
 from deployments.journal import Journal
+from deployments.room import Room
 from deployments.snapshot import Snapshot
 from deployments.tokens import Tokenizer
 from deployments.watch import Watch
@@ -68,7 +70,11 @@ class Ingress:
         )
         tokenizer = await asyncio.to_thread(Tokenizer, await self._model.vocabulary())
         self._predictor = Predictor(
-            self._tasks, tokenizer, self._model.predict, max_rows=args.max_request_rows
+            self._tasks,
+            tokenizer,
+            self._model.predict,
+            Room(args.max_rows_on_the_way),
+            max_rows=args.max_request_rows,
         )
         self._fan_out = FanOut(
             self._tasks,
@@ -114,6 +120,7 @@ class Ingress:
         return_scores: bool = False,
         threshold: float | None = None,
         routing_key: str | None = None,
+        timeout_s: float | None = None,
     ) -> dict[str, Any]:
         """Answer a handle call with the same plain dict as HTTP.
 
@@ -125,15 +132,18 @@ class Ingress:
             threshold: Under it a single label is "Uncertain", one of several labels and an entity
                 are left out; the task's own if None.
             routing_key: Calls with the same one are answered by the same version.
+            timeout_s: In how many seconds the caller goes; None if never.
 
         Raises:
             LookupError: There is no such task.
             ValueError: The input cannot be answered; the message says what to change.
-            RuntimeError: The task's adapter, or the model, is not available.
+            TimeoutError: There was no answer in time.
+            RuntimeError: The task's adapter, or the model, is not available, or has too much to do.
         """
         try:
             request = to_request(texts, return_scores=return_scores, threshold=threshold)
-            return await self._predictor.predict(task, request, routing_key)
+            deadline_s = to_deadline(check_timeout(timeout_s))
+            return await self._predictor.predict(task, request, routing_key, deadline_s)
         except Exception as error:
             raise _builtin(error, f"predict({task!r})") from None
 
@@ -144,6 +154,7 @@ class Ingress:
         return_scores: bool = False,
         threshold: float | None = None,
         routing_key: str | None = None,
+        timeout_s: float | None = None,
     ) -> dict[str, Any]:
         """Answer a handle call for many tasks with the same plain dict as `POST /v1/predict`.
 
@@ -153,6 +164,7 @@ class Ingress:
             return_scores: As `predict`.
             threshold: As `predict`.
             routing_key: As `predict`.
+            timeout_s: As `predict`; what is not answered by then is among the errors.
 
         Raises:
             LookupError: No task's name fits the pattern.
@@ -163,7 +175,8 @@ class Ingress:
             request = to_many_request(
                 tasks, texts, return_scores=return_scores, threshold=threshold
             )
-            return await self._fan_out.predict(request, routing_key)
+            deadline_s = to_deadline(check_timeout(timeout_s))
+            return await self._fan_out.predict(request, routing_key, deadline_s)
         except Exception as error:
             raise _builtin(error, "predict_many") from None
 

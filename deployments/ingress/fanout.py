@@ -43,12 +43,18 @@ class FanOut:
         self._max_tasks = max_tasks
         self._max_rows = max_rows
 
-    async def predict(self, request: ManyRequest, routing_key: str | None = None) -> dict[str, Any]:
+    async def predict(
+        self,
+        request: ManyRequest,
+        routing_key: str | None = None,
+        deadline_s: float | None = None,
+    ) -> dict[str, Any]:
         """Answer a request.
 
         Args:
             request: The request.
             routing_key: As `Predictor.predict`, for each of the tasks.
+            deadline_s: Likewise: those that are answered by then have their answers.
 
         Returns:
             `answers`, by task in the order asked for, of a pattern by name: what
@@ -68,7 +74,7 @@ class FanOut:
         readings = Readings(self._predictor.runs, max_rows=self._max_rows // len(names))
         try:
             answers = await asyncio.gather(
-                *(self._answer(name, request, routing_key, readings) for name in names)
+                *(self._answer(name, request, routing_key, deadline_s, readings) for name in names)
             )
         finally:
             readings.close()
@@ -79,10 +85,17 @@ class FanOut:
         }
 
     async def _answer(
-        self, task: str, request: ManyRequest, routing_key: str | None, readings: Readings
+        self,
+        task: str,
+        request: ManyRequest,
+        routing_key: str | None,
+        deadline_s: float | None,
+        readings: Readings,
     ) -> dict[str, Any]:
         try:
-            return await self._predictor.predict(task, request, routing_key, readings.run)
+            return await self._predictor.predict(
+                task, request, routing_key, deadline_s, readings.run
+            )
         except Exception as error:
             problem = to_problem(error)
             if problem is None:

@@ -9,14 +9,15 @@ from contextvars import Context
 from typing import Any, TypeVar
 
 import orjson
-from ray.exceptions import RayActorError
+from grpc.aio import AioRpcError  # type: ignore[import-untyped]
+from ray.exceptions import ActorDiedError, RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.errors import BatchLoopDied, NotReady
 from deployments.ingress.calls import Answers, Encodings
 from deployments.ingress.catalog import CatalogLost
-from deployments.ingress.outbox import ReplicaLost
+from deployments.ingress.outbox import CallLost, ReplicaLost
 from deployments.ingress.replicas import Replicas
 from deployments.rows import Facts, Parcel, Reply, Residency
 from deployments.tokens import Vocabulary
@@ -25,6 +26,8 @@ T = TypeVar("T")
 
 # A change may fetch, check and warm a version first; reading is from memory.
 _CHANGE_S, _READ_S = 300.0, 5.0
+# A replica that died is also told as one that is unavailable, where Ray does not know yet.
+_UNREACHED = (RayActorError, AioRpcError, BackPressureError, DeploymentUnavailableError)
 _AWAY = "the catalog is being started again; try again in a few seconds"
 
 
@@ -34,7 +37,6 @@ class ModelHandle:
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         """Take Serve's handle."""
         self._handle = handle
-        self._exchanges: dict[str, DeploymentHandle[Any]] = {}  # by the replica that they name
         self._replicas = Replicas(self)
 
     async def vocabulary(self) -> Vocabulary:
@@ -62,33 +64,32 @@ class ModelHandle:
         self, replica: str, ingress: str, heard: int, parcels: Sequence[Parcel], gone: Sequence[int]
     ) -> Reply:
         """Call one replica; see `replicas.Calls`."""
-        call = self._exchanges.get(replica)
-        if call is None:
-            call = self._handle.options(
-                method_name="exchange",
-                session_id=replica,
-                request_serialization="pickle",
-                response_serialization="pickle",
-            )
-            self._exchanges[replica] = call
+        call = self._handle.options(
+            method_name="exchange",
+            session_id=replica,
+            request_serialization="pickle",
+            response_serialization="pickle",
+        )
         try:
             reply: Reply = await call.remote(replica, ingress, heard, parcels, gone)
-        except (RayActorError, BackPressureError, DeploymentUnavailableError) as error:
-            self._exchanges.pop(replica, None)
+        except ActorDiedError as error:
             raise ReplicaLost(str(error)) from None
+        except _UNREACHED as error:
+            raise CallLost(str(error)) from None
         return reply
 
-    async def publish(self, heard: dict[str, int]) -> list[tuple[str, Residency | None]]:
+    async def publish(self, heard: dict[str, int]) -> list[tuple[str, Residency | None] | None]:
         """Ask all replicas who they are; see `replicas.Calls`."""
         return [
-            answer
+            None if isinstance(answer, Exception) else answer
             for answer in await self._all("publish", heard)
-            if not isinstance(answer, Exception)
         ]
 
     async def residency(self, after: str, limit: int) -> list[dict[str, Any]]:
         """Ask all replicas what they hold; one that is lost meanwhile is left out."""
         answers = await self._all("residency", after, limit)
+        if not answers:
+            raise NotReady("no model replica is running")
         return [answer for answer in answers if isinstance(answer, dict)]
 
     async def _all(self, method: str, *given: Any) -> list[Any]:
@@ -98,7 +99,9 @@ class ModelHandle:
             answers: list[Any] = await asked.results_async(
                 timeout_s=_READ_S, return_exceptions=True
             )
-        except (DeploymentUnavailableError, TimeoutError):
+        except DeploymentUnavailableError:
+            return []
+        except TimeoutError:
             raise NotReady("no model replica answers; try again in a second") from None
         return answers
 

@@ -20,14 +20,20 @@ _MAX_CALL_TOKENS = 2**18
 # One that waits at the replica for an answer, and one that is on its way there. That the first
 # comes back tells that the second has arrived.
 _MAX_CALLS = 2
+# A call that came to nothing keeps its place for so long, so that not one follows on another.
+_PAUSE_S = 0.05
 
 
 class ReplicaLost(Exception):
-    """A call did not reach its replica, or its answers will not come."""
+    """The replica is dead, or is to take no rows any more: its rows are to be asked elsewhere."""
 
 
-class NotTaken(ReplicaLost):
-    """The replica takes no rows any more; those that it had may be asked for elsewhere."""
+class CallLost(Exception):
+    """A call did not reach its replica, or not its reply; the replica may be well."""
+
+
+class NotTaken(CallLost):
+    """A call has reached another replica, which took nothing of it."""
 
 
 class Asked(NamedTuple):
@@ -37,11 +43,18 @@ class Asked(NamedTuple):
         question: What it is a part of.
         at: Which of its inputs it is.
         tried: The replicas that could not answer it.
+        lost_s: By the event loop's clock, when a call was lost that it, or its answer, was in.
     """
 
     question: Question
     at: int
     tried: tuple[str, ...] = ()
+    lost_s: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Length in tokens."""
+        return len(self.question.inputs[self.at][0])
 
 
 Exchange = Callable[[Sequence[Parcel], Sequence[int]], Awaitable[Reply]]
@@ -68,9 +81,9 @@ class Outbox:
 
         Args:
             exchange: Calls the replica, see `deployments.model.exchange.Exchange.call`; raises
-                ReplicaLost.
+                ReplicaLost or CallLost.
             heard: Called with each reply.
-            done: Called with the number of rows that are not here any more.
+            done: Called with the tokens of rows that are not here any more.
             unanswered: Called with rows that are not here any more, and why.
         """
         self._exchange = exchange
@@ -98,7 +111,8 @@ class Outbox:
         rows = [*self._away.values(), *self._waiting]
         self._away.clear()
         self._waiting.clear()
-        self._give_back(rows, error)
+        self._count_out(rows)
+        self._tell(rows, error)
 
     def _go(self) -> None:
         """Make another call if there is a reason: rows, word of rows that are gone, or answers."""
@@ -118,17 +132,28 @@ class Outbox:
         if self.closed:
             return
         gone, self._gone = self._gone, []
+        parcels = self._pack()
+        sent = [row[0] for parcel in parcels for row in parcel.rows]
         try:
-            reply = await self._exchange(self._pack(), gone)
+            reply = await self._exchange(parcels, gone)
         except ReplicaLost as error:
             self.close(error)
+        except NotTaken as error:
+            self._gone += gone
+            self._take_back(sent, error)
+            await asyncio.sleep(_PAUSE_S)
+        except CallLost as error:
+            await self._doubt(error)
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if current is None or current.cancelling():
+                raise
+            await self._doubt(CallLost("Ray Serve has cancelled a call"))  # nobody here has
         except Exception as error:
-            # Which of the rows it is is not known; none may wait for ever.
             logger.error("a call to a model replica failed", exc_info=error)
-            rows, self._away = [*self._away.values()], {}
-            self._done(len(rows))
-            for row in rows:
+            for row in self._remove(sent):
                 row.question.fail(error)
+            await self._doubt(CallLost(repr(error)))
         else:
             if not self.closed:
                 self._settle(reply)
@@ -137,17 +162,25 @@ class Outbox:
             self._calls.discard(current)
         self._go()
 
+    async def _doubt(self, error: CallLost) -> None:
+        """Give back all rows: which of them a lost reply had answers of is not known."""
+        numbers = [*self._away]
+        self._gone += numbers
+        self._take_back(numbers, error)
+        await asyncio.sleep(_PAUSE_S)
+
     def _pack(self) -> list[Parcel]:
         """Take the rows that fit into a call, those of one version together."""
         parcels: dict[object, Parcel] = {}
-        num_tokens = num_over = 0
+        num_tokens = 0
+        over: list[Asked] = []
         now_s = asyncio.get_running_loop().time()
         while self._waiting:
             row = self._waiting[0]
             question = row.question
             if question.over:
                 self._waiting.popleft()
-                num_over += 1
+                over.append(row)
                 continue
             ids, type_ids = question.inputs[row.at]
             num_tokens += len(ids)
@@ -169,28 +202,37 @@ class Outbox:
                 parcel = parcels[key] = Parcel(*key, [])
             left_s = None if question.deadline_s is None else question.deadline_s - now_s
             parcel.rows.append((number, ids, type_ids, question.number, left_s))
-        if num_over:
-            self._done(num_over)
+        self._count_out(over)
         return [*parcels.values()]
 
     def _settle(self, reply: Reply) -> None:
         """Hand out answers; one that comes twice, or for nobody, is dropped."""
         self._heard(reply)
-        num_done = 0
+        answered: list[Asked] = []
         for number, answer in reply["answers"]:
             row = self._away.pop(number, None)
             if row is not None:
-                num_done += 1
+                answered.append(row)
                 row.question.answer(row.at, answer)
-        if num_done:
-            self._done(num_done)
+        self._count_out(answered)
         for numbers, error in reply["failed"]:
-            rows = [self._away.pop(number) for number in numbers if number in self._away]
-            if rows:
-                self._give_back(rows, error)
+            self._take_back(numbers, error)
 
-    def _give_back(self, rows: Sequence[Asked], error: Exception) -> None:
-        self._done(len(rows))
+    def _remove(self, numbers: Sequence[int]) -> list[Asked]:
+        """Let go of rows that are away; those that are not any more are left out."""
+        rows = [self._away.pop(number) for number in numbers if number in self._away]
+        self._count_out(rows)
+        return rows
+
+    def _take_back(self, numbers: Sequence[int], error: Exception) -> None:
+        self._tell(self._remove(numbers), error)
+
+    def _count_out(self, rows: Sequence[Asked]) -> None:
+        if rows:
+            self._done(sum(row.num_tokens for row in rows))
+
+    def _tell(self, rows: Sequence[Asked], error: Exception) -> None:
+        """Say that rows are not answered here, even if they are none: there is something wrong."""
         self._unanswered([row for row in rows if not row.question.over], error)
 
     def _end(self, question: Question) -> None:
@@ -198,9 +240,7 @@ class Outbox:
         if not question.answers.cancelled() and question.answers.exception() is None:
             return
         gone = [number for number, row in self._away.items() if row.question is question]
-        for number in gone:
-            del self._away[number]
         if gone:
-            self._done(len(gone))
+            self._remove(gone)
             self._gone += gone
             self._go()

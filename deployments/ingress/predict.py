@@ -7,18 +7,20 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from adapters.errors import AdapterError
-from deployments.errors import BadInput, RequestError
+from deployments.errors import BadInput, RequestError, TooLate
 from deployments.ingress.calls import AskModel
+from deployments.ingress.door import Visit
 from deployments.ingress.results import Run, to_results
 from deployments.ingress.runs import Runs
 from deployments.ingress.shadow import Shadows
 from deployments.ingress.tasks import Choice, Tasks
 from deployments.ingress.usage import Tally
 from deployments.ingress.wire import PredictRequest
+from deployments.room import Room
 from deployments.rows import Facts
 from deployments.tokens import Tokenizer
 
-AskVersion = Callable[[Facts, PredictRequest], Awaitable[Run]]
+AskVersion = Callable[[Facts, PredictRequest, Visit], Awaitable[Run]]
 """Takes a request through a version; see `deployments.ingress.runs.Runs.run`."""
 
 
@@ -35,6 +37,7 @@ class Predictor:
         tasks: Tasks,
         tokenizer: Tokenizer,
         ask: AskModel,
+        room: Room,
         *,
         max_rows: int,
     ) -> None:
@@ -44,11 +47,13 @@ class Predictor:
             tasks: Who knows what a task is.
             tokenizer: The base's.
             ask: Reaches a model replica.
+            room: For the rows of all requests together.
             max_rows: Most inputs a request, and most windows of all its inputs.
         """
         self.runs = Runs(tokenizer, ask, max_rows)
         self.tally = Tally()
         self._tasks = tasks
+        self._room = room
         self._shadows = Shadows(tasks, self.runs, self.tally)
         self._max_rows = max_rows
 
@@ -57,6 +62,7 @@ class Predictor:
         task: str,
         request: PredictRequest,
         routing_key: str | None = None,
+        deadline_s: float | None = None,
         ask: AskVersion | None = None,
     ) -> dict[str, Any]:
         """Answer a request.
@@ -65,6 +71,7 @@ class Predictor:
             task: The task.
             request: The request.
             routing_key: Requests with the same one are answered by the same version.
+            deadline_s: By the event loop's clock, when its caller goes; see `door.to_deadline`.
             ask: Takes it through a version, in the place of `runs`.
 
         Returns:
@@ -74,15 +81,34 @@ class Predictor:
             this ingress has been out of contact with the catalog, where there is such a thing.
 
         Raises:
-            RequestError: The request cannot be answered.
+            RequestError: The request cannot be answered; Overloaded where it was not let in, and
+                TooLate after its deadline.
             AdapterError: The task's adapter cannot be had.
         """
         self.check_count(request.inputs)
-        ask = ask or self.runs.run
         choice = self._tasks.choose(task, routing_key)
+        with Visit(self._room, task, len(request.inputs), deadline_s) as visit:
+            try:
+                async with asyncio.timeout_at(deadline_s) as ends:
+                    return await self._answer(
+                        choice, request, routing_key, visit, ask or self.runs.run
+                    )
+            except TimeoutError:
+                if not ends.expired():
+                    raise
+                raise TooLate("the deadline passed before there was an answer") from None
+
+    async def _answer(
+        self,
+        choice: Choice,
+        request: PredictRequest,
+        routing_key: str | None,
+        visit: Visit,
+        ask: AskVersion,
+    ) -> dict[str, Any]:
         while True:
             try:
-                run = await self._run(choice, request, ask)
+                run = await self._run(choice, request, visit, ask)
                 break
             except AdapterError as error:
                 if not self._tasks.is_outdated(choice):
@@ -95,7 +121,7 @@ class Predictor:
             results = to_results(run)
         self._tally_run(run)
         self._shadows.offer(choice.record, run)
-        return self._answer(choice, run, results)
+        return self._told(choice, run, results)
 
     def check_count(self, inputs: Sequence[object]) -> None:
         """Check how many inputs there are.
@@ -111,17 +137,19 @@ class Predictor:
                 "send them in several requests"
             )
 
-    async def _run(self, choice: Choice, request: PredictRequest, ask: AskVersion) -> Run:
+    async def _run(
+        self, choice: Choice, request: PredictRequest, visit: Visit, ask: AskVersion
+    ) -> Run:
         facts = await self._tasks.facts(choice)
         try:
-            return await ask(facts, request)
+            return await ask(facts, request, visit)
         except (RequestError, AdapterError):
             raise
         except Exception:
             self._count_failed(choice, request)
             raise
 
-    def _answer(self, choice: Choice, run: Run, results: list[dict[str, Any]]) -> dict[str, Any]:
+    def _told(self, choice: Choice, run: Run, results: list[dict[str, Any]]) -> dict[str, Any]:
         answer = {
             "task": choice.task,
             "version": run.facts["version"],

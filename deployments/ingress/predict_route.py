@@ -6,22 +6,32 @@ in any way, so that there is one place that says what is wrong with it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Awaitable, Callable
+from typing import NamedTuple
 
 import orjson
-from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.ingress.door import TIMEOUT, to_deadline
 from deployments.ingress.predict import Predictor
 from deployments.ingress.wire import PredictRequest
 
 _PATH = re.compile(r"/v1/tasks/([^/]+)/predict")
 _JSON = b"application/json"
 
+_TIMEOUT = TIMEOUT.lower().encode()
+
 Explain = Callable[[Request, Exception], Awaitable[Response]]
+
+
+class _Asked(NamedTuple):
+    request: PredictRequest
+    key: str | None
+    timeout_s: float | None
 
 
 class PredictRoute:
@@ -44,18 +54,19 @@ class PredictRoute:
             return
         try:
             body = await _read(receive)
-            request = None if body is None else _parse(body)
-            if request is not None:
-                key = _header(scope, b"x-routing-key")
-                text = None if key is None else key.decode("latin-1")
-                answer = orjson.dumps(await self._predictor.predict(task, request, text))
+            asked = None if body is None else _parse(scope, body)
+            if asked is not None:
+                deadline_s = to_deadline(asked.timeout_s)
+                answer = orjson.dumps(
+                    await self._predictor.predict(task, asked.request, asked.key, deadline_s)
+                )
         except Exception as error:
             response = await self._explain(Request(scope), error)
             await response(scope, receive, send)
             return
         if body is None:
             return  # the caller has gone
-        if request is None:
+        if asked is None:
             await self._app(scope, _again(body, receive), send)
             return
         length = str(len(answer)).encode()
@@ -83,11 +94,17 @@ def _header(scope: Scope, name: bytes) -> bytes | None:
     return next((value for key, value in scope["headers"] if key == name), None)
 
 
-def _parse(body: bytes) -> PredictRequest | None:
+def _parse(scope: Scope, body: bytes) -> _Asked | None:
+    """Read an ordinary request; None if something in it is not as it should be."""
+    key, timeout = _header(scope, b"x-routing-key"), _header(scope, _TIMEOUT)
     try:
-        return PredictRequest.model_validate_json(body)
-    except ValidationError:
+        timeout_s = None if timeout is None else float(timeout)
+        if timeout_s is not None and not 0 < timeout_s < math.inf:
+            return None
+        request = PredictRequest.model_validate_json(body)
+    except ValueError:  # pydantic's is one
         return None
+    return _Asked(request, None if key is None else key.decode("latin-1"), timeout_s)
 
 
 async def _read(receive: Receive) -> bytes | None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deployments.errors import BadInput
+from deployments.ingress.door import Visit
 from deployments.ingress.inputs import Given, to_inputs
 from deployments.ingress.results import Run
 from deployments.ingress.runs import READING, Runs
@@ -48,7 +49,7 @@ class Readings:
         self._readings: dict[tuple[object, ...], _Reading] = {}
         self._going: set[asyncio.Task[_Read]] = set()
 
-    async def run(self, facts: Facts, request: PredictRequest) -> Run:
+    async def run(self, facts: Facts, request: PredictRequest, visit: Visit) -> Run:
         """Ask a version, beside the others.
 
         Raises:
@@ -59,7 +60,7 @@ class Readings:
         started_s = time.perf_counter()
         encoded = await self._read(facts, inputs)
         tokenize_s = time.perf_counter() - started_s
-        return await self._runs.answer(facts, request, inputs, encoded, tokenize_s)
+        return await self._runs.answer(facts, request, inputs, encoded, tokenize_s, visit)
 
     def close(self) -> None:
         """Give up what is still being read."""

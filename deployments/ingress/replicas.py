@@ -12,9 +12,9 @@ from functools import partial
 from typing import Protocol
 
 from adapters.errors import AdapterError
-from deployments.errors import BatchLoopDied, NotReady
+from deployments.errors import BatchLoopDied, NotReady, Overloaded
 from deployments.ingress.calls import Answers, Encodings, Question
-from deployments.ingress.outbox import Asked, NotTaken, Outbox, ReplicaLost
+from deployments.ingress.outbox import Asked, CallLost, NotTaken, Outbox, ReplicaLost
 from deployments.ingress.placement import Placement
 from deployments.rows import Facts, Parcel, Reply, Residency
 
@@ -24,9 +24,9 @@ logger = logging.getLogger("ray.serve")
 _CHUNK_ROWS = 32
 # How often replicas are asked who they are and what they hold; more often while rows have none.
 _LOOK_EVERY_S, _LOOK_AGAIN_S = 1.0, 0.1
-# How long rows wait for a first replica.
+# How long rows wait for a first replica, or one that can be reached.
 _PATIENCE_S = 10.0
-# A replica that could not answer, and another one.
+# A replica that died or could not answer, and another one.
 _MOST_TRIES = 2
 _LOST = "the model replica was lost; try again in a second"
 
@@ -34,11 +34,14 @@ _LOST = "the model replica was lost; try again in a second"
 class Calls(Protocol):
     """How replicas are called."""
 
-    async def publish(self, heard: dict[str, int]) -> list[tuple[str, Residency | None]]:
+    async def publish(self, heard: dict[str, int]) -> list[tuple[str, Residency | None] | None]:
         """Ask all replicas who they are; see `deployments.model.deployment.Model.publish`.
 
+        Returns:
+            What each says, None where one could not be asked.
+
         Raises:
-            NotReady: There is none, or they cannot be asked.
+            NotReady: They did not answer in time.
         """
         ...
 
@@ -48,7 +51,8 @@ class Calls(Protocol):
         """Call one replica; see `deployments.model.exchange.Exchange.call`.
 
         Raises:
-            ReplicaLost: It did not reach it.
+            ReplicaLost: It is dead.
+            CallLost: The call or its reply did not arrive.
         """
         ...
 
@@ -88,7 +92,8 @@ class Replicas:
         question = rows[0].question
         for first in range(0, len(rows), _CHUNK_ROWS):
             chunk = rows[first : first + _CHUNK_ROWS]
-            replica = self._placement.place(question.name, len(chunk), chunk[0].tried)
+            num_tokens = sum(row.num_tokens for row in chunk)
+            replica = self._placement.place(question.name, num_tokens, chunk[0].tried)
             if replica is None:
                 self._homeless += chunk
                 self._look_now.set()
@@ -102,11 +107,11 @@ class Replicas:
                 # Each box has a name of its own: what another one asked must not answer its rows.
                 partial(self._exchange, name, uuid.uuid4().hex),
                 lambda reply: self._placement.hear(name, reply["residency"]),
-                lambda num_rows: self._placement.done(name, num_rows),
+                lambda num_tokens: self._placement.done(name, num_tokens),
                 partial(self._again, name),
             )
 
-    def _leave(self, name: str, why: ReplicaLost) -> None:
+    def _leave(self, name: str, why: Exception) -> None:
         """Do without a replica; its rows go elsewhere."""
         self._placement.leave(name)
         outbox = self._outboxes.pop(name, None)
@@ -119,27 +124,35 @@ class Replicas:
         heard = self._placement.heard_of(name)
         reply = await self._calls.exchange(name, box, heard, parcels, gone)
         if reply["replica"] != name:
-            raise NotTaken(f"replica {name} takes no calls any more")
+            raise NotTaken(f"a call to replica {name} has reached another")
         return reply
 
     def _again(self, name: str, rows: Sequence[Asked], error: Exception) -> None:
         """Try rows elsewhere that a replica has not answered, or tell why not."""
         if isinstance(error, ReplicaLost):
             self._leave(name, error)
-            self._look_now.set()
-        elif isinstance(error, BatchLoopDied):
+        if isinstance(error, (CallLost, BatchLoopDied)):
             self._placement.shun(name)
+        if isinstance(error, (ReplicaLost, CallLost)):
+            self._look_now.set()
+        now_s = asyncio.get_running_loop().time()
         again: dict[int, list[Asked]] = {}
         for row in rows:
-            tried = row.tried if isinstance(error, NotTaken) else (*row.tried, name)
-            if not isinstance(error, (ReplicaLost, BatchLoopDied)):
+            if isinstance(error, (ReplicaLost, BatchLoopDied, Overloaded)):
+                row = row._replace(tried=(*row.tried, name))
+                given_up = len(row.tried) >= _MOST_TRIES
+            elif isinstance(error, CallLost):  # of which no row is the cause
+                row = row._replace(lost_s=row.lost_s or now_s)
+                given_up = now_s - (row.lost_s or now_s) > _PATIENCE_S
+            else:
                 if isinstance(error, AdapterError):
                     self._placement.missing(name, row.question.name)
                 row.question.fail(error)
-            elif len(tried) >= _MOST_TRIES:
-                row.question.fail(NotReady(_LOST))
+                continue
+            if given_up:
+                row.question.fail(error if isinstance(error, Overloaded) else NotReady(_LOST))
             else:
-                again.setdefault(id(row.question), []).append(row._replace(tried=tried))
+                again.setdefault(id(row.question), []).append(row)
         for of_question in again.values():
             self._place(of_question)
 
@@ -166,18 +179,21 @@ class Replicas:
                 if self._homeless:
                     await asyncio.sleep(_LOOK_AGAIN_S)
                 else:
-                    await asyncio.wait_for(self._look_now.wait(), _LOOK_EVERY_S)
+                    async with asyncio.timeout(_LOOK_EVERY_S):
+                        await self._look_now.wait()
             except TimeoutError:
                 pass
 
     async def _look_once(self) -> None:
         told = await self._calls.publish(self._placement.heard)
-        for name, residency in told:
+        known = [one for one in told if one is not None]
+        for name, residency in known:
             self._join(name)
             self._placement.hear(name, residency)
-        gone = self._outboxes.keys() - {name for name, _ in told} if told else ()
-        for name in [*gone]:
-            self._leave(name, NotTaken(f"replica {name} is not there any more"))
+        if len(known) < len(told):
+            return  # who it is that did not answer is not known, and it need not be dead
+        for name in self._outboxes.keys() - {name for name, _ in known}:
+            self._leave(name, CallLost(f"replica {name} is not there any more"))
 
     def _house(self) -> None:
         rows, self._homeless = self._homeless, []

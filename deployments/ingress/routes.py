@@ -9,11 +9,13 @@ from typing import Annotated
 from fastapi import FastAPI, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import Field
 from starlette.exceptions import HTTPException
 
 from adapters.errors import AdapterError
 from deployments.errors import INTERNAL, BadInput, Problem, RequestError, to_problem
 from deployments.ingress.documented import PAGE, Limit, TaskName
+from deployments.ingress.door import TIMEOUT, to_deadline
 from deployments.ingress.fanout import FanOut
 from deployments.ingress.limits import BodyLimit
 from deployments.ingress.listing import AskUsage, Listing
@@ -31,6 +33,14 @@ RoutingKey = Annotated[
     Header(
         alias="X-Routing-Key",
         description="Requests of a task with the same key are answered by the same version.",
+    ),
+]
+
+Timeout = Annotated[
+    Annotated[float, Field(gt=0, allow_inf_nan=False)] | None,
+    Header(
+        alias=TIMEOUT,
+        description="In how many seconds the caller goes; what has no answer by then gets 504.",
     ),
 ]
 
@@ -65,11 +75,8 @@ def make_api(
     # would log a traceback for every caller's mistake.
     for kind in (RequestError, AdapterError, Exception):
         api.add_exception_handler(kind, _any)
+    _add_predictions(api, predictor, default_task, fan_out)
     listing = Listing(tasks, usage)
-
-    @api.post("/v1/tasks/{task}/predict", summary="Classify texts by a task's adapter")
-    async def predict(task: TaskName, body: PredictRequest, key: RoutingKey = None) -> JSONResponse:
-        return JSONResponse(await predictor.predict(task, body, key))
 
     @api.get("/v1/tasks", summary="All tasks by name, a page at a time")
     async def list_tasks(limit: Limit = PAGE, after: After = "") -> JSONResponse:
@@ -80,19 +87,34 @@ def make_api(
         entry, etag = await listing.task(task)
         return JSONResponse(entry, headers={"etag": f'"{etag}"'})
 
+    return api
+
+
+def _add_predictions(
+    api: FastAPI, predictor: Predictor, default_task: str | None, fan_out: FanOut | None
+) -> None:
+    @api.post("/v1/tasks/{task}/predict", summary="Classify texts by a task's adapter")
+    async def predict(
+        task: TaskName, body: PredictRequest, key: RoutingKey = None, timeout_s: Timeout = None
+    ) -> JSONResponse:
+        return JSONResponse(await predictor.predict(task, body, key, to_deadline(timeout_s)))
+
     if default_task is not None:
 
         @api.post("/predict", summary=f"The inference guide's route; answers {default_task}")
-        async def predict_default(body: PredictRequest, key: RoutingKey = None) -> JSONResponse:
-            return JSONResponse(await predictor.predict(default_task, body, key))
+        async def predict_default(
+            body: PredictRequest, key: RoutingKey = None, timeout_s: Timeout = None
+        ) -> JSONResponse:
+            deadline_s = to_deadline(timeout_s)
+            return JSONResponse(await predictor.predict(default_task, body, key, deadline_s))
 
     if fan_out is not None:
 
         @api.post("/v1/predict", summary="Classify texts by the adapters of many tasks at once")
-        async def predict_many(body: ManyRequest, key: RoutingKey = None) -> JSONResponse:
-            return JSONResponse(await fan_out.predict(body, key))
-
-    return api
+        async def predict_many(
+            body: ManyRequest, key: RoutingKey = None, timeout_s: Timeout = None
+        ) -> JSONResponse:
+            return JSONResponse(await fan_out.predict(body, key, to_deadline(timeout_s)))
 
 
 def _respond(problem: Problem) -> JSONResponse:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from deployments.ingress.calls import AskModel, answer_rows
+from deployments.ingress.door import Visit
 from deployments.ingress.inputs import Given, encode, to_inputs
 from deployments.ingress.results import Run
 from deployments.ingress.wire import PredictRequest
@@ -35,8 +36,8 @@ class Runs:
         # What nobody waits for, one at a time.
         self._unhurried = ThreadPoolExecutor(1, "encode-shadow")
 
-    async def run(self, facts: Facts, request: PredictRequest) -> Run:
-        """Ask a version.
+    async def run(self, facts: Facts, request: PredictRequest, visit: Visit | None = None) -> Run:
+        """Ask a version, for a caller who visits or for the ingress itself.
 
         Raises:
             RequestError: The request cannot be answered.
@@ -45,7 +46,8 @@ class Runs:
         inputs = to_inputs(facts, request)
         started_s = time.perf_counter()
         encoded = await self.read(facts, inputs, self._max_rows)
-        return await self.answer(facts, request, inputs, encoded, time.perf_counter() - started_s)
+        tokenize_s = time.perf_counter() - started_s
+        return await self.answer(facts, request, inputs, encoded, tokenize_s, visit)
 
     async def read(
         self, facts: Facts, inputs: Sequence[Given], max_rows: int
@@ -64,11 +66,15 @@ class Runs:
         inputs: list[Given],
         encoded: Sequence[list[Encoded] | str],
         tokenize_s: float,
+        visit: Visit | None = None,
     ) -> Run:
         """Ask a version for inputs that were read in so many seconds; raises as `run`."""
         rows = [row for windows in encoded if not isinstance(windows, str) for row in windows]
+        if visit is not None:
+            visit.grow(len(rows))
         started_s = time.perf_counter()
-        answers = await answer_rows(self._ask, facts, rows)
+        deadline_s = None if visit is None else visit.deadline_s
+        answers = await answer_rows(self._ask, facts, rows, deadline_s)
         model_s = time.perf_counter() - started_s
         return Run(facts, request, inputs, encoded, answers, tokenize_s, model_s)
 

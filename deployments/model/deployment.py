@@ -32,6 +32,7 @@ from deployments.model.scores import NoNumber
 from deployments.model.threads import forward_threads
 from deployments.model.vocabulary import export_vocabulary, to_pages
 from deployments.model.warmup import warm_up
+from deployments.room import Room
 from deployments.rows import Answer, Facts, Parcel, Prediction, Reply, Residency, Row, Tokens
 from deployments.scaling import ANSWERED, QUEUED, SPEED
 from deployments.snapshot import Snapshot
@@ -78,7 +79,7 @@ class Model:
         )
         enter_row = partial(enter, self.answer)
         ways = Ways(self.residents.pin, enter_row, as_data, self.planner.promise)
-        self._exchange = Exchange(replica_name(), ways, self._news)
+        self._exchange = Exchange(replica_name(), ways, self._news, Room(args.max_rows_on_the_way))
         await self._follow_catalog(args)
         await self.residents.load_pinned()
         await self.residents.bring(await hot_on_peers())

@@ -11,8 +11,9 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, NamedTuple
 
 from adapters.errors import AdapterError
-from deployments.errors import BatchLoopDied
+from deployments.errors import BatchLoopDied, Overloaded
 from deployments.model.news import News
+from deployments.room import Room
 from deployments.rows import Answer, Parcel, Reply, Row, Tokens
 
 logger = logging.getLogger("ray.serve")
@@ -112,11 +113,12 @@ class Exchange:
         replica: Whose it is.
     """
 
-    def __init__(self, replica: str, ways: Ways, news: News) -> None:
-        """Take this replica's name, how rows are answered, and what is resident."""
+    def __init__(self, replica: str, ways: Ways, news: News, room: Room) -> None:
+        """Take this replica's name, how rows are answered, what is resident, and room for rows."""
         self.replica = replica
         self._ways = ways
         self._news = news
+        self._room = room
         self._boxes: dict[str, Box] = {}
         self._running: set[asyncio.Task[None]] = set()
 
@@ -160,6 +162,11 @@ class Exchange:
         return {"replica": self.replica, "answers": [], "failed": [], "residency": None}
 
     def _begin(self, ingress: str, box: Box, parcel: Parcel) -> None:
+        try:
+            self._room.take(parcel.task, len(parcel.rows))
+        except Overloaded as error:
+            box.failed.append(([row[0] for row in parcel.rows], error))
+            return
         if parcel.latency_target_ms is not None:
             self._ways.promise(parcel.task, parcel.latency_target_ms / 1000)
         now_s = time.monotonic()
@@ -190,6 +197,8 @@ class Exchange:
                 )  # the other may not pickle
             for row in rows:
                 box.settle(row, told)
+        finally:
+            self._room.give_back(parcel.task, len(rows))
 
     async def _through_the_queue(
         self, box: Box, parcel: Parcel, rows: Mapping[int, _Sent], slot: int

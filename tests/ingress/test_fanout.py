@@ -18,6 +18,7 @@ from deployments.ingress.many import ManyRequest, to_many_request
 from deployments.ingress.predict import Predictor
 from deployments.ingress.replicas import Replicas
 from deployments.ingress.tasks import Tasks
+from deployments.room import Room
 from deployments.rows import Answer, Facts, Parcel, Reply
 from deployments.snapshot import Snapshot, TaskRecord
 from deployments.tokens import Tokenizer
@@ -104,7 +105,7 @@ def tasks(store: Directory, model: Model, make_record: Callable[..., TaskRecord]
 
 @pytest.fixture
 def predictor(tasks: Tasks, model: Model, tokenizer: Tokenizer) -> Predictor:
-    return Predictor(tasks, tokenizer, Replicas(model).ask, max_rows=MAX_ROWS)
+    return Predictor(tasks, tokenizer, Replicas(model).ask, Room(10**4), max_rows=MAX_ROWS)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from deployments.ingress.folders import Folders
 from deployments.ingress.predict import Predictor
 from deployments.ingress.tasks import Tasks
 from deployments.ingress.wire import PredictRequest
+from deployments.room import Room
 from deployments.rows import Facts
 from deployments.tokens import Tokenizer
 
@@ -74,7 +75,7 @@ Ask = Callable[..., Any]
 def ask(store: Directory, write: Callable[..., Path], model: Model, tokenizer: Tokenizer) -> Ask:
     write()
     tasks = Tasks(Folders(store, model.describe, settle_s=0), model.describe)
-    predictor = Predictor(tasks, tokenizer, model.ask, max_rows=2000)
+    predictor = Predictor(tasks, tokenizer, model.ask, Room(10**4), max_rows=2000)
 
     async def ask(*texts: Any, task: str = "mood", **others: Any) -> dict[str, Any]:
         request = PredictRequest.model_validate({"texts": list(texts), **others})

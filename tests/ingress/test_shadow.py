@@ -18,6 +18,7 @@ from deployments.ingress.predict import Predictor
 from deployments.ingress.tasks import Tasks
 from deployments.ingress.usage import Counts
 from deployments.ingress.wire import PredictRequest
+from deployments.room import Room
 from deployments.rows import Facts
 from deployments.snapshot import Snapshot, TaskRecord
 from deployments.tokens import Tokenizer
@@ -85,7 +86,7 @@ def tasks(store: Directory, model: Model) -> Tasks:
 
 @pytest.fixture
 def predictor(tasks: Tasks, model: Model, tokenizer: Tokenizer) -> Predictor:
-    return Predictor(tasks, tokenizer, model.ask, max_rows=100)
+    return Predictor(tasks, tokenizer, model.ask, Room(10**4), max_rows=100)
 
 
 @pytest.fixture

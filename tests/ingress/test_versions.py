@@ -26,6 +26,7 @@ from deployments.ingress.predict import Predictor
 from deployments.ingress.routes import make_api
 from deployments.ingress.tasks import Tasks
 from deployments.ingress.wire import PredictRequest
+from deployments.room import Room
 from deployments.rows import Facts
 from deployments.snapshot import Snapshot, TaskRecord
 from deployments.tokens import Tokenizer
@@ -76,7 +77,7 @@ def tasks(store: Directory, model: Model) -> Tasks:
 
 @pytest.fixture
 def predictor(tasks: Tasks, model: Model, tokenizer: Tokenizer) -> Predictor:
-    return Predictor(tasks, tokenizer, model.ask, max_rows=100)
+    return Predictor(tasks, tokenizer, model.ask, Room(10**4), max_rows=100)
 
 
 def install(tasks: Tasks, record: TaskRecord | None) -> None:
@@ -253,7 +254,7 @@ async def test_out_of_contact_the_answer_says_for_how_long(
     folders = Folders(store, model.describe)
     tasks = Tasks(folders, model.describe, silent_s=lambda: 61.04, refuse_when_lost=False)
     install(tasks, make_record(A))
-    answer = await ask(Predictor(tasks, tokenizer, model.ask, max_rows=100))
+    answer = await ask(Predictor(tasks, tokenizer, model.ask, Room(10**4), max_rows=100))
     assert answer["stale_s"] == 61.0
 
 

@@ -16,6 +16,7 @@ from deployments.ingress.predict import Predictor
 from deployments.ingress.tasks import Tasks
 from deployments.ingress.windows import combine
 from deployments.ingress.wire import PredictRequest
+from deployments.room import Room
 from deployments.rows import Facts
 from deployments.tokens import Tokenizer
 
@@ -83,7 +84,7 @@ def model(make_facts: Callable[..., Facts]) -> Model:
 def ask(store: Directory, write: Callable[..., Path], model: Model, tokenizer: Tokenizer) -> Ask:
     write()
     tasks = Tasks(Folders(store, model.describe, settle_s=0), model.describe)
-    predictor = Predictor(tasks, tokenizer, model.ask, max_rows=MAX_ROWS)
+    predictor = Predictor(tasks, tokenizer, model.ask, Room(10**4), max_rows=MAX_ROWS)
 
     async def ask(*texts: Any, **others: Any) -> list[dict[str, Any]]:
         request = PredictRequest.model_validate({"texts": list(texts), **others})

@@ -13,6 +13,7 @@ from deployments.errors import BatchLoopDied
 from deployments.model import exchange
 from deployments.model.exchange import Exchange, Ways
 from deployments.model.news import News
+from deployments.room import Room
 from deployments.rows import Parcel, Reply, Row
 
 KIND = "single_label_classification"
@@ -70,7 +71,7 @@ def queue() -> Queue:
 
 @pytest.fixture
 def replica(queue: Queue) -> Exchange:
-    return Exchange("r", Ways(queue.pin, queue.enter, as_data, queue.promise), News())
+    return Exchange("r", Ways(queue.pin, queue.enter, as_data, queue.promise), News(), Room(100))
 
 
 def call(

@@ -1,0 +1,40 @@
+"""How many rows may be on their way, and how many of them of one task."""
+
+from __future__ import annotations
+
+from deployments.errors import Overloaded
+
+
+class Room:
+    """Rows on their way, counted by task; owned by one event loop.
+
+    A task may have as many as it leaves free (dynamic thresholds: Choudhury and Hahne, 1998): one
+    that is alone half of the room, two a third each. So there is always some for another task,
+    however many rows the others would send.
+    """
+
+    def __init__(self, max_rows: int) -> None:
+        """Take the most rows of all tasks together."""
+        self._free = max_rows
+        self._taken: dict[str, int] = {}
+
+    def take(self, task: str, num_rows: int) -> None:
+        """Let rows in.
+
+        Raises:
+            Overloaded: There is no room for them now; none is let in.
+        """
+        taken = self._taken.get(task, 0) + num_rows
+        if taken > self._free - num_rows:
+            raise Overloaded(
+                f"there are too many texts for {task!r} on their way; try again in a second"
+            )
+        self._free -= num_rows
+        self._taken[task] = taken
+
+    def give_back(self, task: str, num_rows: int) -> None:
+        """Let rows out."""
+        self._free += num_rows
+        self._taken[task] -= num_rows
+        if not self._taken[task]:
+            del self._taken[task]
