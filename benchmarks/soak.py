@@ -3,9 +3,9 @@
 A server as `make serve` starts it, under mixed load: single texts, many texts, many tasks, callers
 that go before their answer, tasks that do not exist; and all the time adapters are uploaded, asked,
 activated and deleted. Every few seconds each replica's memory (USS: what would be free without it),
-open files, threads and asyncio tasks are read. What it has at the end, the median of the last fifth
-of the time, is compared with the fifth that follows a warm-up. Memory of all replicas together may
-grow by 2 %; files, threads and tasks of each by a few that are in use at the moment.
+open files, threads and asyncio tasks are read. After a warm-up, the median of the last fifth of the
+time is compared with that of the first. Memory of all replicas together may grow by 2 %; files,
+threads and tasks of each by a few, which are in use at the moment.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ TEXTS = (
 )
 WARM_S, SAMPLE_S = 60.0, 3.0
 CALLERS, PAUSE_S = 4, 0.1
-# Tasks that come and go, one after another under so many names.
-NAMES = 8
+# Tasks that come and go, one after another under so many names: one that was deleted is free again
+# when requests that are on their way have ended.
+NAMES = 64
+PARTS = 5
 MOST_GROWTH = 0.02
 # Of files, threads and asyncio tasks of a replica: what is in use differs from moment to moment.
 MOST_MORE = 8
@@ -69,30 +71,32 @@ def main(minutes: float) -> int:
     """Soak, tell what was found, and return an exit status: 1 if something grew or failed."""
     asked, samples = asyncio.run(_soak(60 * minutes))
     grown = growth(samples, min(WARM_S, 20 * minutes))
-    print(json.dumps({"minutes": minutes, "asked": asked, **grown}, indent=1))
+    print(json.dumps({"minutes": minutes, "asked": asked, **grown}))
     bad = [name for name in asked if name.startswith("failed")]
     return 1 if bad or too_much(grown) else 0
 
 
 def growth(samples: Samples, warm_s: float) -> dict[str, Any]:
-    """Compare the last fifth of the time with the first after the warm-up.
+    """Say how what replicas have changed after the warm-up.
 
     Returns:
-        `replicas`: for each, of each thing the medians `[then, now]`; `memory_growth`: of all.
+        `replicas`: for each, of each thing the medians of five parts of the time;
+        `memory_growth`: of all together, from the first part to the last.
     """
     begun_s, ended_s = samples[0][0] + warm_s, samples[-1][0]
-    fifth_s = (ended_s - begun_s) / 5
-    first = [use for at_s, use in samples if begun_s <= at_s <= begun_s + fifth_s]
-    last = [use for at_s, use in samples if at_s >= ended_s - fifth_s]
+    parts: list[list[dict[str, Use]]] = [[] for _ in range(PARTS)]
+    for at_s, use in samples:
+        if at_s >= begun_s:
+            part = int(PARTS * (at_s - begun_s) / (ended_s - begun_s))
+            parts[min(part, PARTS - 1)].append(use)
     replicas = {
         name: {
-            thing: [statistics.median(getattr(use[name], thing) for use in part) for part in both]
+            thing: [statistics.median(getattr(use[name], thing) for use in part) for part in parts]
             for thing in Use._fields
         }
-        for name in first[0]
-        for both in [(first, last)]
+        for name in parts[0][0]
     }
-    then, now = (sum(found["mib"][n] for found in replicas.values()) for n in (0, 1))
+    then, now = (sum(found["mib"][n] for found in replicas.values()) for n in (0, -1))
     return {"replicas": replicas, "memory_growth": now / then - 1}
 
 
@@ -101,8 +105,8 @@ def too_much(grown: Mapping[str, Any]) -> list[str]:
     found = [
         f"{name} {thing}"
         for name, things in grown["replicas"].items()
-        for thing, (then, now) in things.items()
-        if thing != "mib" and now > then + MOST_MORE
+        for thing, medians in things.items()
+        if thing != "mib" and medians[-1] > medians[0] + MOST_MORE
     ]
     return found + ["memory"] * (grown["memory_growth"] > MOST_GROWTH)
 
@@ -272,13 +276,8 @@ def _use(home: Path, tasks: Mapping[str, int]) -> dict[str, Use]:
 
 
 def _metrics_port(home: Path) -> int:
-    commands = [Path(f"/proc/{pid}/cmdline").read_text() for pid in started_from(home)]
-    (port,) = {
-        int(found[1])
-        for command in commands
-        if (found := re.search(r"--metrics-export-port=(\d+)", command)) is not None
-    }
-    return port
+    (file,) = home.glob("ray/session_latest/metrics_export_port_*")
+    return int(file.read_text())
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def test_what_grew_is_named(grow: dict[str, float], expected: list[str]) -> None
 
 def test_what_came_before_the_warm_up_ended_does_not_count() -> None:
     early = [(at_s, {"Model 1": STEADY._replace(mib=1.0)}) for at_s in (0.0, 5.0, 10.0)]
-    late = [(at_s, {"Model 1": STEADY}) for at_s in (20.0, 40.0, 60.0, 80.0, 100.0)]
+    late = [(at_s, {"Model 1": STEADY}) for at_s in (20.0, 37.0, 53.0, 69.0, 85.0, 100.0)]
     assert growth(early + late, warm_s=20.0)["memory_growth"] == 0.0
 
 

@@ -229,9 +229,22 @@ def test_a_load_step_scales_the_model_up_and_down(head: Head, wanted: Wanted, de
     assert not load.failed
 
 
+# To Serve an application is another one, too, if its `deployments:` have an `autoscaling_config`
+# more, or another policy in one.
 @pytest.mark.slow
-def test_changed_args_restart_all_one_after_another(
-    head: Head, wanted: Wanted, deploy: Any
+@pytest.mark.parametrize(
+    ("ingress", "args"),
+    [
+        pytest.param(INGRESS, {"max_body_bytes": 2**21}, id="args"),
+        pytest.param(
+            {"name": "Ingress", "autoscaling_config": {"min_replicas": 2, "max_replicas": 2}},
+            {},
+            id="another autoscaling_config",
+        ),
+    ],
+)
+def test_another_application_restarts_all_one_after_another(
+    head: Head, wanted: Wanted, deploy: Any, ingress: dict[str, Any], args: dict[str, Any]
 ) -> None:
     deploy(head)
     wait_until(lambda: are_running(head, Ingress=2, Model=2, Catalog=1))
@@ -247,7 +260,7 @@ def test_changed_args_restart_all_one_after_another(
     with Steady(head.url, wanted, RATE) as load:
         time.sleep(1)
         started_s = time.monotonic()
-        deploy(head, max_body_bytes=2**21)
+        deploy(head, ingress, model(2, 2), **args)
         wait_until(all_are_new, every_s=0.1)
         print(f"all are new after {time.monotonic() - started_s:.1f} s")
         time.sleep(2)
