@@ -27,9 +27,8 @@ TEXTS = (
     "Win a prize now",
 )
 RATE = 12.0  # requests a second: two cores have time for replicas that start meanwhile
-KILLS = 6
-# Measured on two cores that others used too: see docs/operations.md.
-P99_S = 3.0
+# Measured: 0.4 s on two cores that had little else to do, 0.8 s on two with twenty threads waiting.
+P99_S = 2.0
 INGRESS = {"name": "Ingress", "num_replicas": 2}
 # Serve's defaults are half a minute and ten.
 SOON = {"upscale_delay_s": 1, "downscale_delay_s": 3, "look_back_period_s": 3}
@@ -116,18 +115,18 @@ def pids(head: Head) -> dict[str, list[int]]:
     return {name: head.running(name) for name in ("Ingress", "Model", "Catalog")}
 
 
-def kill(*pids: int) -> float:
-    assert pids
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+def kill(pid: int) -> float:
+    os.kill(pid, signal.SIGKILL)
     return time.monotonic()
 
 
-def test_model_replicas_are_killed_and_no_request_fails(head: Head, wanted: Wanted) -> None:
+@pytest.mark.parametrize("kills", [1, pytest.param(6, marks=pytest.mark.slow)])
+def test_model_replicas_are_killed_and_no_request_fails(
+    head: Head, wanted: Wanted, kills: int
+) -> None:
     with Steady(head.url, wanted, RATE) as load:
         time.sleep(2)
-        for _ in range(KILLS):
-            print(time.monotonic(), load.told(), flush=True)
+        for _ in range(kills):
             wait_until(lambda: are_running(head, Model=2))
             victim = head.running("Model")[0]
             kill(victim)
@@ -138,27 +137,30 @@ def test_model_replicas_are_killed_and_no_request_fails(head: Head, wanted: Want
     assert load.percentile(99) < P99_S
 
 
+# An ingress replica takes along what it was asked. HAProxy is asked every 2 s whether it lives, and
+# replaced after the third time: measured, nothing is answered for 8 s.
 @pytest.mark.parametrize(
-    "title", ["ServeController", "ServeReplica:onebase:Ingress", "bin/haproxy"]
+    ("title", "may_fail_s"),
+    [("ServeController", 0.0), ("ServeReplica:onebase:Ingress", 3.0), ("bin/haproxy", 25.0)],
 )
 def test_what_is_killed_comes_back_with_all_that_was_configured(
-    head: Head, wanted: Wanted, canary: str, title: str
+    head: Head, wanted: Wanted, canary: str, title: str, may_fail_s: float
 ) -> None:
     before = configuration(head)
     assert canary in str(before)
     assert before["Ingress"] == before["Model"] == 2
-    victims = [pid for pid in head.pids(title)]
+    victims = head.pids(title)
     with Steady(head.url, wanted, RATE) as load:
         time.sleep(2)
         killed_s = kill(victims[0])
         wait_until(lambda: bool(set(head.pids(title)) - set(victims)), every_s=0.1)
-        wait_until(lambda: are_running(head, Ingress=2, Model=2, Catalog=1))
-        back_s = time.monotonic() - killed_s
-        time.sleep(3)
-        settled_s = time.monotonic()
-        time.sleep(3)
-    print(f"{title}: back after {back_s:.1f} s;", load.told(killed_s - 1))
-    assert not [one for one in load.failed if one.due_s > settled_s]
+        wait_until(lambda: are_running(head, Ingress=2, Model=2, Catalog=1) and head.answers())
+        print(f"{title}: back after {time.monotonic() - killed_s:.1f} s")
+        time.sleep(2)
+    print(load.told(killed_s - 1))
+    # One that was sent just before may have been on its way.
+    assert all(killed_s - 1 < one.due_s < killed_s + may_fail_s for one in load.failed)
+    assert may_fail_s or not load.failed
     assert configuration(head) == before
 
 
@@ -200,6 +202,7 @@ def test_user_config_changes_in_place(head: Head, wanted: Wanted, deploy: Any) -
     assert pids(head) == before
 
 
+@pytest.mark.slow
 def test_a_load_step_scales_the_model_up_and_down(head: Head, wanted: Wanted, deploy: Any) -> None:
     deploy(head, INGRESS, model(1, 2))
     with Steady(head.url, wanted, RATE) as load:
