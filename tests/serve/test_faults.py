@@ -193,7 +193,7 @@ def test_user_config_changes_in_place(head: Head, wanted: Wanted, deploy: Any) -
             head, {**INGRESS, "user_config": INGRESS_CONFIG}, model(2, 2, user_config=MODEL_CONFIG)
         )
         wait_until(
-            lambda: [httpx2.post(url, json=eight).status_code for _ in range(8)] == [413] * 8
+            lambda: [httpx2.post(url, json=eight).status_code for _ in range(8)] == [422] * 8
         )
         wait_until(lambda: are_running(head, Ingress=2, Model=2, Catalog=1))
         time.sleep(1)
