@@ -70,35 +70,65 @@ def post(path: str, body: bytes, headers: str = "") -> bytes:
 
 
 class Connection(asyncio.Protocol):
-    """A keep-alive connection with one request at a time."""
+    """A keep-alive connection with one request at a time.
 
-    def __init__(self, answered: Callable[[Connection, int], None]) -> None:
+    An answer with `connection: close` is followed by a new connection: HAProxy sends it when it is
+    loaded anew, which Ray Serve has it do when a replica comes or goes.
+    """
+
+    def __init__(self, port: int, answered: Callable[[Connection, int], None]) -> None:
         """Take who hears of an answer's status, 0 if the connection was lost instead."""
+        self._port = port
         self._answered = answered
         self._buffer = b""
         self._transport: Any = None
+        self._opening: asyncio.Task[Any] | None = None
+        self._request = b""  # to be sent when it is open
+        self._num_closed = 0  # by this side, and not heard of yet
         self.due_s: float | None = None  # when its request was to be sent; None without one
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
+        if self._request:
+            self._transport.write(self._request)
+            self._request = b""
 
     def send(self, request: bytes, due_s: float) -> None:
         self.due_s = due_s
-        self._transport.write(request)
+        if self._transport is not None:
+            self._transport.write(request)
+            return
+        self._request = request
+        self._opening = asyncio.get_running_loop().create_task(self.open())
+
+    async def open(self) -> None:
+        try:
+            await asyncio.get_running_loop().create_connection(lambda: self, HOST, self._port)
+        except OSError as error:
+            self.connection_lost(error)
 
     def data_received(self, data: bytes) -> None:
         self._buffer = self._buffer + data if self._buffer else data
         if _is_whole(self._buffer):
-            status, self._buffer = int(self._buffer[9:12]), b""
-            self._answered(self, status)
+            answer, self._buffer = self._buffer, b""
+            if _is_last(answer):
+                self._num_closed += 1
+                self._transport.close()
+                self._transport = None
+            self._answered(self, int(answer[9:12]))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self.due_s is not None:
+        if self._num_closed:
+            self._num_closed -= 1
+        elif self.due_s is not None:
             self._answered(self, 0)
 
     def close(self) -> None:
         self.due_s = None
-        self._transport.abort()
+        if self._opening is not None:
+            self._opening.cancel()
+        if self._transport is not None:
+            self._transport.abort()
 
 
 def _is_whole(answer: bytes) -> bool:
@@ -111,6 +141,11 @@ def _is_whole(answer: bytes) -> bool:
         return b"chunked" in head and answer.endswith(b"\r\n0\r\n\r\n")
     length = int(head[at + 17 :].split(b"\r\n", 1)[0])
     return len(answer) >= end + 4 + length
+
+
+def _is_last(answer: bytes) -> bool:
+    """Whether an answer says that no other one comes over its connection."""
+    return b"\r\nconnection: close\r\n" in answer[: answer.find(b"\r\n\r\n") + 2].lower()
 
 
 async def closed(port: int, requests: Iterator[bytes], connections: int, seconds: float) -> Load:
@@ -194,8 +229,8 @@ async def opened(port: int, requests: Iterator[bytes], rate: float, seconds: flo
 
 
 async def _connect(port: int, answered: Callable[[Connection, int], None]) -> Connection:
-    loop = asyncio.get_running_loop()
-    _, connection = await loop.create_connection(lambda: Connection(answered), HOST, port)
+    connection = Connection(port, answered)
+    await connection.open()
     return connection
 
 

@@ -39,7 +39,7 @@ class Server:
                 for at in range(0, len(self._answer), 20):  # in pieces, as from a network
                     writer.write(self._answer[at : at + 20])
                     await writer.drain()
-                if not self._answer:
+                if not self._answer or self._answer is LAST:
                     return
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
@@ -49,6 +49,7 @@ class Server:
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
 CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
+LAST = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 5\r\n\r\nhello"
 BUSY = b"HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n"
 
 
@@ -87,6 +88,16 @@ def test_what_is_refused_or_cut_off_is_no_answer() -> None:
     load = under(Server(b""), lambda port: opened(port, itertools.repeat(REQUEST), 50, 0.4))
     assert load.failed > 5
     assert not load.latencies_ms
+
+
+def test_after_an_answer_that_is_a_connection_s_last_there_is_another_connection() -> None:
+    server = Server(LAST, delay_s=0.005)
+    load = under(server, lambda port: closed(port, itertools.repeat(REQUEST), 2, 0.5))
+    assert load.failed == 0
+    assert len(load.latencies_ms) > 20
+    load = under(Server(LAST), lambda port: opened(port, itertools.repeat(REQUEST), 100, 0.5))
+    assert load.failed == 0
+    assert len(load.latencies_ms) == pytest.approx(50, rel=0.5)
 
 
 def test_an_open_loop_charges_a_stall_to_all_who_came_meanwhile() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from adapters.errors import AdapterRefused
-from deployments.errors import BatchLoopDied, NotReady
+from deployments.errors import BatchLoopDied, NotReady, Overloaded
 from deployments.ingress import outbox, replicas
 from deployments.ingress.outbox import CallLost, ReplicaLost
 from deployments.ingress.replicas import Replicas
@@ -275,6 +275,15 @@ async def test_what_a_replica_cannot_answer_another_may(asking: Asking, two: Clu
     assert two.replicas["b"].num_rows >= 40
     two.replicas["b"].error = BatchLoopDied("over")
     with pytest.raises(NotReady, match="was lost"):
+        await asker.ask(1)
+
+
+async def test_where_one_replica_has_too_much_another_answers(asking: Asking, two: Cluster) -> None:
+    asker = asking(two)
+    two.replicas["a"].error = Overloaded("too many")
+    await many(asker, 20)
+    two.replicas["b"].error = Overloaded("too many")
+    with pytest.raises(Overloaded, match="too many"):
         await asker.ask(1)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from adapters.errors import AdapterRefused
-from deployments.errors import BatchLoopDied
+from deployments.errors import BatchLoopDied, Overloaded
 from deployments.model import exchange
 from deployments.model.exchange import Exchange, Ways
 from deployments.model.news import News
@@ -141,6 +141,28 @@ async def test_a_cold_version_holds_back_no_other(replica: Exchange, queue: Queu
     await settle()
     queue.answer(1)
     assert (await asyncio.wait_for(last, 1))["answers"] == [(1, [1.0])]
+
+
+async def test_rows_beyond_the_room_come_back_at_once_and_leave_room_for_another_task(
+    queue: Queue,
+) -> None:
+    replica = Exchange("r", Ways(queue.pin, queue.enter, as_data, queue.promise), News(), Room(8))
+    first = call(replica, 1, 2, 3)
+    await settle()
+    reply = await asyncio.wait_for(call(replica, 4, 5), 1)
+    ((rows, error),) = reply["failed"]
+    assert (rows, type(error)) == ([4, 5], Overloaded)
+    await asyncio.wait_for(first, 1)
+    assert set(queue.rows) == {1, 2, 3}
+    call(replica, 6)
+    await settle()
+    assert 6 in queue.rows
+    call(replica, gone=(1,))
+    queue.answer(2, 3, 6)
+    await settle()
+    call(replica, 7, 8, 9, 10, ingress="other")
+    await settle()
+    assert set(queue.rows) == {1, 2, 3, 6, 7, 8, 9, 10}
 
 
 async def test_what_the_queue_goes_by_comes_with_every_row(replica: Exchange, queue: Queue) -> None:
