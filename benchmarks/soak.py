@@ -2,10 +2,10 @@
 
 A server as `make serve` starts it, under mixed load: single texts, many texts, many tasks, callers
 that go before their answer, tasks that do not exist; and all the time adapters are uploaded, asked,
-activated and deleted. Every few seconds each replica's memory (USS: what would be free without it),
-open files, threads and asyncio tasks are read. After a warm-up, the median of the last fifth of the
-time is compared with that of the first. Memory of all replicas together may grow by 2 %; files,
-threads and tasks of each by a few, which are in use at the moment.
+activated and deleted. After a warm-up, each replica's memory (USS: what would be free without it)
+is read every few seconds; the medians of the first and the last fifth of the time are compared,
+and for all replicas together it may grow by 2 %. Open files, threads and asyncio tasks are compared
+at rest, after the warm-up and at the end.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,15 +40,16 @@ TEXTS = (
     "The parcel came late and nobody answered, so I want my money back before the end of the week.",
     "Win a prize now",
 )
-WARM_S, SAMPLE_S = 60.0, 3.0
+# At rest until Ray, which tells of an event loop every 10 s, has told of one that rests.
+WARM_S, SAMPLE_S, REST_S = 60.0, 3.0, 25.0
 CALLERS, PAUSE_S = 4, 0.1
 # Tasks that come and go, one after another under so many names: one that was deleted is free again
 # when requests that are on their way have ended.
 NAMES = 64
 PARTS = 5
 MOST_GROWTH = 0.02
-# Of files, threads and asyncio tasks of a replica: what is in use differs from moment to moment.
-MOST_MORE = 8
+# Of files, threads and asyncio tasks of a replica: connections that are kept, threads of a pool.
+MOST_MORE = 4
 # Ray tells an event loop's tasks with all other metrics.
 _LOOP_TASKS = re.compile(
     r'^ray_serve_event_loop_tasks\{.*deployment="(\w+)".*\} ([\d.]+)$', re.MULTILINE
@@ -56,7 +57,7 @@ _LOOP_TASKS = re.compile(
 
 
 class Use(NamedTuple):
-    """What a replica has at a moment; `tasks` is 0 where Ray has not told it."""
+    """What a replica has at a moment; `tasks` only at rest."""
 
     mib: float
     files: int
@@ -64,54 +65,51 @@ class Use(NamedTuple):
     tasks: int
 
 
-Samples = list[tuple[float, dict[str, Use]]]
+class Soaked(NamedTuple):
+    """What was found, by replica: at rest before and after, and while it was asked."""
+
+    asked: Counter[str]
+    before: dict[str, Use]
+    samples: list[dict[str, Use]]
+    after: dict[str, Use]
 
 
 def main(minutes: float) -> int:
     """Soak, tell what was found, and return an exit status: 1 if something grew or failed."""
-    asked, samples = asyncio.run(_soak(60 * minutes))
-    grown = growth(samples, min(WARM_S, 20 * minutes))
-    print(json.dumps({"minutes": minutes, "asked": asked, **grown}))
-    bad = [name for name in asked if name.startswith("failed")]
-    return 1 if bad or too_much(grown) else 0
-
-
-def growth(samples: Samples, warm_s: float) -> dict[str, Any]:
-    """Say how what replicas have changed after the warm-up.
-
-    Returns:
-        `replicas`: for each, of each thing the medians of five parts of the time;
-        `memory_growth`: of all together, from the first part to the last.
-    """
-    begun_s, ended_s = samples[0][0] + warm_s, samples[-1][0]
-    parts: list[list[dict[str, Use]]] = [[] for _ in range(PARTS)]
-    for at_s, use in samples:
-        if at_s >= begun_s:
-            part = int(PARTS * (at_s - begun_s) / (ended_s - begun_s))
-            parts[min(part, PARTS - 1)].append(use)
-    replicas = {
-        name: {
-            thing: [statistics.median(getattr(use[name], thing) for use in part) for part in parts]
-            for thing in Use._fields
-        }
-        for name in parts[0][0]
+    soaked = asyncio.run(_soak(60 * minutes))
+    told = {
+        "minutes": minutes,
+        "asked": soaked.asked,
+        "at_rest": {name: [soaked.before[name], soaked.after[name]] for name in soaked.before},
+        "mib": {name: memory(soaked.samples, name) for name in soaked.before},
+        "grew": grew(soaked),
     }
-    then, now = (sum(found["mib"][n] for found in replicas.values()) for n in (0, -1))
-    return {"replicas": replicas, "memory_growth": now / then - 1}
+    print(json.dumps(told))
+    failed = [name for name in soaked.asked if name.startswith("failed")]
+    return 1 if failed or told["grew"] else 0
 
 
-def too_much(grown: Mapping[str, Any]) -> list[str]:
+def memory(samples: Sequence[Mapping[str, Use]], name: str) -> list[float]:
+    """Return the medians of a replica's MiB in equal parts of the time."""
+    size = len(samples) / PARTS
+    parts = [samples[int(n * size) : int((n + 1) * size)] for n in range(PARTS)]
+    return [statistics.median(use[name].mib for use in part) for part in parts]
+
+
+def grew(soaked: Soaked) -> list[str]:
     """Name what grew by more than it may."""
     found = [
         f"{name} {thing}"
-        for name, things in grown["replicas"].items()
-        for thing, medians in things.items()
-        if thing != "mib" and medians[-1] > medians[0] + MOST_MORE
+        for name, before in soaked.before.items()
+        for thing in ("files", "threads", "tasks")
+        if getattr(soaked.after[name], thing) > getattr(before, thing) + MOST_MORE
     ]
-    return found + ["memory"] * (grown["memory_growth"] > MOST_GROWTH)
+    medians = [memory(soaked.samples, name) for name in soaked.before]
+    first, last = (sum(of_one[n] for of_one in medians) for n in (0, -1))
+    return found + ["memory"] * (last > first * (1 + MOST_GROWTH))
 
 
-async def _soak(seconds: float) -> tuple[Counter[str], Samples]:
+async def _soak(seconds: float) -> Soaked:
     port, probe = free_port(), post("/v1/tasks/spam/predict", b'{"texts": ["x"]}')
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -131,28 +129,55 @@ async def _soak(seconds: float) -> tuple[Counter[str], Samples]:
         path = config(folder, port, [application])
         more = FAST | {"RAY_AUTH_MODE": "disabled"}
         with served(["-m", "deployments", path], port, probe, more) as home:
-            return await _load(f"http://{HOST}:{port}", folder / "store", home, seconds)
+            async with httpx2.AsyncClient(base_url=f"http://{HOST}:{port}", timeout=60) as client:
+                load = Load(client, folder / "store", home)
+                await load.run(min(WARM_S, seconds / 3))
+                before = await load.at_rest()
+                samples = await load.run(seconds)
+                return Soaked(load.asked, before, samples, await load.at_rest())
 
 
-async def _load(url: str, store: Path, home: Path, seconds: float) -> tuple[Counter[str], Samples]:
-    asked: Counter[str] = Counter()
-    samples: Samples = []
-    ends_s = time.monotonic() + seconds
+class Load:
+    """All who ask and change at a time, and what the server has meanwhile."""
 
-    async def repeat(work: Callable[[], Awaitable[None]]) -> None:
-        while time.monotonic() < ends_s:
-            try:
-                await work()
-            except (httpx2.HTTPError, AssertionError) as error:
-                asked[f"failed: {error!r:.200}"] += 1
-            await asyncio.sleep(PAUSE_S)
+    def __init__(self, client: httpx2.AsyncClient, store: Path, home: Path) -> None:
+        self.asked: Counter[str] = Counter()
+        self._home = home
+        self._work: list[Callable[[], Awaitable[None]]] = [
+            Caller(client, self.asked, random.Random(n)).ask for n in range(CALLERS)
+        ]
+        self._work.append(Changes(client, self.asked, store / "spam").come_and_go)
 
-    async with httpx2.AsyncClient(base_url=url, timeout=60) as client:
-        callers = [Caller(client, asked, random.Random(n)).ask for n in range(CALLERS)]
-        changes = Changes(client, asked, store / "spam")
-        repeated = [repeat(work) for work in (*callers, changes.come_and_go)]
-        await asyncio.gather(*repeated, _sample(home, samples, ends_s))
-    return asked, samples
+    async def run(self, seconds: float) -> list[dict[str, Use]]:
+        """Ask and change for so long; return what replicas had all the time."""
+        samples: list[dict[str, Use]] = []
+        ends_s = time.monotonic() + seconds
+
+        async def repeat(work: Callable[[], Awaitable[None]]) -> None:
+            while time.monotonic() < ends_s:
+                try:
+                    await work()
+                except (httpx2.HTTPError, AssertionError) as error:
+                    self.asked[f"failed: {error!r:.200}"] += 1
+                await asyncio.sleep(PAUSE_S)
+
+        async def sample() -> None:
+            while time.monotonic() < ends_s:
+                samples.append(await asyncio.to_thread(_use, self._home, {}))
+                await asyncio.sleep(SAMPLE_S)
+
+        await asyncio.gather(*map(repeat, self._work), sample())
+        return samples
+
+    async def at_rest(self) -> dict[str, Use]:
+        """Return what replicas have when nobody has asked for a while."""
+        await asyncio.sleep(REST_S)
+        async with httpx2.AsyncClient(timeout=20) as client:
+            page = await client.get(f"http://{HOST}:{_metrics_port(self._home)}/metrics")
+        tasks: dict[str, int] = defaultdict(int)
+        for deployment, count in _LOOP_TASKS.findall(page.text):
+            tasks[deployment] += int(float(count))
+        return _use(self._home, tasks)
 
 
 class Caller:
@@ -243,18 +268,6 @@ class Changes:
         response = await self._client.request(method.upper(), path, **given)
         assert response.status_code in (200, 201, 202, 204), (method, path, response.text)
         return response.json() if response.content else None
-
-
-async def _sample(home: Path, samples: Samples, ends_s: float) -> None:
-    metrics = f"http://{HOST}:{_metrics_port(home)}/metrics"
-    async with httpx2.AsyncClient(timeout=20) as client:
-        while time.monotonic() < ends_s:
-            page = (await client.get(metrics)).text
-            tasks: dict[str, int] = defaultdict(int)
-            for deployment, count in _LOOP_TASKS.findall(page):
-                tasks[deployment] += int(float(count))
-            samples.append((time.monotonic(), await asyncio.to_thread(_use, home, tasks)))
-            await asyncio.sleep(SAMPLE_S)
 
 
 def _use(home: Path, tasks: Mapping[str, int]) -> dict[str, Use]:

@@ -1,51 +1,44 @@
 """The soak tells what grew, and for a minute nothing does."""
 
-from typing import Any
+from collections import Counter
 
 import pytest
 
-from benchmarks.soak import MOST_GROWTH, Use, growth, main, too_much
+from benchmarks.soak import Soaked, Use, grew, main, memory
 
-AT_S = range(0, 100, 2)
-STEADY = Use(500.0, 60, 20, 15)
+REST = Use(500.0, 60, 20, 15)
 
 
-def samples(**grow: float) -> Any:
-    """A replica that has more of something every second, beside one that has not."""
-    return [
-        (
-            float(at_s),
-            {
-                "Model 1": Use(
-                    **{k: v + grow.get(k, 0) * at_s for k, v in STEADY._asdict().items()}
-                ),
-                "Ingress 2": STEADY,
-            },
-        )
-        for at_s in AT_S
+def soaked(mib: float = 0.0, files: int = 0, tasks: int = 0) -> Soaked:
+    """A replica that has so much more at the end, beside one that has not."""
+    more = REST._replace(files=REST.files + files, tasks=REST.tasks + tasks)
+    samples = [
+        {"Model 1": REST._replace(mib=REST.mib + mib * n / 99), "Ingress 2": REST}
+        for n in range(100)
     ]
+    before = {"Model 1": REST, "Ingress 2": REST}
+    return Soaked(Counter(), before, samples, before | {"Model 1": more})
 
 
 @pytest.mark.parametrize(
-    ("grow", "expected"),
+    ("found", "expected"),
     [
-        ({}, []),
-        ({"mib": 0.05}, []),  # of 1,000
-        ({"mib": 0.5}, ["memory"]),
-        ({"files": 0.5}, ["Model 1 files"]),
-        ({"threads": 0.02, "tasks": 1.0}, ["Model 1 tasks"]),
+        (soaked(), []),
+        (soaked(mib=10.0), []),  # of 1,000
+        (soaked(mib=50.0), ["memory"]),
+        (soaked(mib=-50.0), []),
+        (soaked(files=3, tasks=3), []),
+        (soaked(files=50), ["Model 1 files"]),
+        (soaked(files=50, tasks=50), ["Model 1 files", "Model 1 tasks"]),
     ],
 )
-def test_what_grew_is_named(grow: dict[str, float], expected: list[str]) -> None:
-    grown = growth(samples(**grow), warm_s=20.0)
-    assert too_much(grown) == expected
-    assert (grown["memory_growth"] > MOST_GROWTH) == ("memory" in expected)
+def test_what_grew_is_named(found: Soaked, expected: list[str]) -> None:
+    assert grew(found) == expected
 
 
-def test_what_came_before_the_warm_up_ended_does_not_count() -> None:
-    early = [(at_s, {"Model 1": STEADY._replace(mib=1.0)}) for at_s in (0.0, 5.0, 10.0)]
-    late = [(at_s, {"Model 1": STEADY}) for at_s in (20.0, 37.0, 53.0, 69.0, 85.0, 100.0)]
-    assert growth(early + late, warm_s=20.0)["memory_growth"] == 0.0
+def test_memory_is_told_by_parts_of_the_time() -> None:
+    samples = [{"Model 1": REST._replace(mib=float(n))} for n in range(10)]
+    assert memory(samples, "Model 1") == [0.5, 2.5, 4.5, 6.5, 8.5]
 
 
 @pytest.mark.slow
