@@ -22,7 +22,7 @@ class TwoChoices(Placement):
 
     def _choose(self, version: str, able: list[Any]) -> Any:
         some = random.sample(able, min(2, len(able)))
-        return min(some, key=lambda replica: replica.num_tokens)
+        return min(some, key=lambda replica: replica.load)
 
 
 class Anywhere(deployment.Ingress):

@@ -17,6 +17,8 @@ logger = logging.getLogger("ray.serve")
 
 # Of one call: messages are capped at 4 MB in throughput mode.
 _MAX_CALL_TOKENS = 2**18
+# Whatever a row's length, it has a row's share of a forward.
+_LEAST_LOAD = 32
 # One that waits at the replica for an answer, and one that is on its way there. That the first
 # comes back tells that the second has arrived.
 _MAX_CALLS = 2
@@ -52,9 +54,9 @@ class Asked(NamedTuple):
     lost_s: float | None = None
 
     @property
-    def num_tokens(self) -> int:
-        """Length in tokens."""
-        return len(self.question.inputs[self.at][0])
+    def load(self) -> int:
+        """What a replica has to do for it: its tokens, or those of a short row if it has fewer."""
+        return max(_LEAST_LOAD, len(self.question.inputs[self.at][0]))
 
 
 Exchange = Callable[[Sequence[Parcel], Sequence[int]], Awaitable[Reply]]
@@ -83,7 +85,7 @@ class Outbox:
             exchange: Calls the replica, see `deployments.model.exchange.Exchange.call`; raises
                 ReplicaLost or CallLost.
             heard: Called with each reply.
-            done: Called with the tokens of rows that are not here any more.
+            done: Called with the load of rows that are not here any more.
             unanswered: Called with rows that are not here any more, and why.
         """
         self._exchange = exchange
@@ -229,7 +231,7 @@ class Outbox:
 
     def _count_out(self, rows: Sequence[Asked]) -> None:
         if rows:
-            self._done(sum(row.num_tokens for row in rows))
+            self._done(sum(row.load for row in rows))
 
     def _tell(self, rows: Sequence[Asked], error: Exception) -> None:
         """Say that rows are not answered here, even if they are none: there is something wrong."""

@@ -9,9 +9,9 @@ from hashlib import blake2b
 
 from deployments.rows import Residency
 
-# Tokens that a replica may have more than another before that one loads a version that would push
-# others out: eight rows of usual length, which share the micro-batch after the one that runs.
-_SLACK_TOKENS = 256
+# Load that a replica may have more than another before that one loads a version that would push
+# others out: eight short rows, which share the micro-batch after the one that runs.
+_SLACK = 256
 # A replica that could not answer gets rows again after so long, if there is another.
 _SHUNNED_S = 5.0
 # Versions whose order is remembered.
@@ -21,7 +21,7 @@ _MOST_ORDERS = 2**16
 @dataclass
 class _Replica:
     name: str
-    num_tokens: int = 0  # of rows that were placed there and are not answered
+    load: int = 0  # of rows that were placed there and are not answered; see `outbox.Asked`
     heard: int = 0  # the number of the last change of its residents
     crowded: bool = False
     shunned_until_s: float = 0.0
@@ -29,9 +29,9 @@ class _Replica:
 
 
 class Placement:
-    """Who holds which version, and how many tokens each has to do; owned by one event loop.
+    """Who holds which version, and how much each has to do; owned by one event loop.
 
-    Where all hold a version, the replica with the fewest tokens gets the next rows. Else a version
+    Where all hold a version, the replica with the least load gets the next rows. Else a version
     has an order of the replicas of its own, by hash, so that all ingresses take the same ones: the
     first in it that holds the version gets its rows, and others only as it fills. While nobody is
     pushed out of a slot, anything more than elsewhere is full; after that it is more than a replica
@@ -88,12 +88,12 @@ class Placement:
         if name in self._replicas:
             self._replicas[name].shunned_until_s = self._clock() + _SHUNNED_S
 
-    def place(self, version: str, num_tokens: int, tried: Collection[str] = ()) -> str | None:
+    def place(self, version: str, load: int, tried: Collection[str] = ()) -> str | None:
         """Choose a replica for rows of a version, and count them there.
 
         Args:
             version: `task@version`.
-            num_tokens: How many they have together.
+            load: How much they are together.
             tried: Replicas that have failed them; they get them only where there is no other.
 
         Returns:
@@ -104,14 +104,14 @@ class Placement:
             return None
         chosen = self._choose(version, able)
         chosen.held.add(version)  # it loads it now, if it has not
-        chosen.num_tokens += num_tokens
+        chosen.load += load
         return chosen.name
 
-    def done(self, name: str, num_tokens: int) -> None:
+    def done(self, name: str, load: int) -> None:
         """Count rows out: they are answered, gone, or placed elsewhere."""
         replica = self._replicas.get(name)
         if replica is not None:
-            replica.num_tokens -= num_tokens
+            replica.load -= load
 
     def missing(self, name: str, version: str) -> None:
         """Note that a version could not be loaded by a replica."""
@@ -133,16 +133,16 @@ class Placement:
     def _choose(self, version: str, able: list[_Replica]) -> _Replica:
         if len(able) == 1:
             return able[0]
-        fewest = min(replica.num_tokens for replica in able)
+        least = min(replica.load for replica in able)
         if all(version in replica.held for replica in able):
             return _idlest(able)
         rank = {name: place for place, name in enumerate(self._order(version))}
         ordered = sorted(able, key=lambda replica: rank[replica.name])
         holders = [replica for replica in ordered if version in replica.held]
         # A copy costs others their place only where slots are few.
-        slack = _SLACK_TOKENS if any(replica.crowded for replica in able) else 0
+        slack = _SLACK if any(replica.crowded for replica in able) else 0
         for replica in holders or ordered:
-            if replica.num_tokens <= fewest + slack:
+            if replica.load <= least + slack:
                 return replica
         return _idlest(ordered)
 
@@ -158,7 +158,7 @@ class Placement:
 
 
 def _idlest(replicas: Iterable[_Replica]) -> _Replica:
-    return min(replicas, key=lambda replica: replica.num_tokens)
+    return min(replicas, key=lambda replica: replica.load)
 
 
 def _weight(version: str, name: str) -> bytes:

@@ -92,8 +92,8 @@ class Replicas:
         question = rows[0].question
         for first in range(0, len(rows), _CHUNK_ROWS):
             chunk = rows[first : first + _CHUNK_ROWS]
-            num_tokens = sum(row.num_tokens for row in chunk)
-            replica = self._placement.place(question.name, num_tokens, chunk[0].tried)
+            load = sum(row.load for row in chunk)
+            replica = self._placement.place(question.name, load, chunk[0].tried)
             if replica is None:
                 self._homeless += chunk
                 self._look_now.set()
@@ -107,7 +107,7 @@ class Replicas:
                 # Each box has a name of its own: what another one asked must not answer its rows.
                 partial(self._exchange, name, uuid.uuid4().hex),
                 lambda reply: self._placement.hear(name, reply["residency"]),
-                lambda num_tokens: self._placement.done(name, num_tokens),
+                lambda load: self._placement.done(name, load),
                 partial(self._again, name),
             )
 

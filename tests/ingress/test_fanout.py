@@ -53,6 +53,7 @@ class Model:
     cold: set[str] = field(default_factory=set)
     warm: asyncio.Event = field(default_factory=asyncio.Event)
     lost: bool = False
+    hung: bool = False
 
     async def describe(self, task: str, version: str = C, rules: Any = None) -> Facts:
         if task not in RULES:
@@ -71,7 +72,7 @@ class Model:
     ) -> Reply:
         self.calls.append([*parcels])
         self.gone += gone
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(3600 if parcels and self.hung else 0.01)
         reply: Reply = {"replica": "r", "answers": [], "failed": [], "residency": None}
         for parcel in parcels:
             error = self.errors.get(f"{parcel.task}@{parcel.version}", self.errors.get(parcel.task))
@@ -335,6 +336,7 @@ async def test_no_call_is_too_large(
 async def test_a_caller_who_goes_away_leaves_nothing_behind(fan_out: FanOut, model: Model) -> None:
     await fan_out.predict(request(["mood"], "w1"))
     model.calls.clear()
+    model.hung = True
     going = asyncio.ensure_future(fan_out.predict(request(["mood", "topic"], "w1")))
     async with asyncio.timeout(5):
         while not model.calls:

@@ -13,6 +13,7 @@ from deployments.ingress.calls import Question
 from deployments.ingress.outbox import Asked, Outbox, ReplicaLost
 from deployments.rows import Facts, Parcel, Reply
 
+SHORT = 32  # what a short row is to a replica
 OF_REQUEST: ContextVar[str] = ContextVar("of_request", default="")
 
 
@@ -79,14 +80,14 @@ class Box:
     def __init__(self, make_facts: Callable[..., Facts]) -> None:
         self.replica = Replica()
         self.make_facts = make_facts
-        self.num_done = 0
+        self.done = 0
         self.back: list[tuple[Asked, Exception]] = []
         self.outbox = Outbox(
             self.replica.exchange, lambda reply: None, self._done, self._unanswered
         )
 
-    def _done(self, num_rows: int) -> None:
-        self.num_done += num_rows
+    def _done(self, load: int) -> None:
+        self.done += load
 
     def _unanswered(self, rows: Sequence[Asked], error: Exception) -> None:
         self.back += [(row, error) for row in rows]
@@ -116,7 +117,7 @@ async def test_rows_of_one_turn_leave_in_one_call_one_parcel_a_version(box: Box)
     assert [ids[0] for _, ids, *_ in second.rows] == [2, 4, 6, 8, 10]
     box.replica.answer()
     assert [await q.answers for q in questions] == [[[float(n)]] for n in range(1, 11)]
-    assert box.num_done == 10
+    assert box.done == 10 * SHORT
 
 
 async def test_while_a_call_is_on_its_way_rows_gather_and_two_are_the_most(box: Box) -> None:
@@ -157,7 +158,7 @@ async def test_rows_of_a_gone_caller_are_dropped_by_id(box: Box) -> None:
     assert [ids for ids in box.replica.rows.values()] == [[3]]
     box.replica.answer()
     assert await stays.answers == [[3.0]]
-    assert box.num_done == 3
+    assert box.done == 3 * SHORT
 
 
 async def test_rows_whose_caller_goes_before_they_leave_never_leave(box: Box) -> None:
@@ -165,7 +166,7 @@ async def test_rows_whose_caller_goes_before_they_leave_never_leave(box: Box) ->
     stays = box.ask(3)
     await settle()
     assert [ids for ids in box.replica.rows.values()] == [[3]]
-    assert box.num_done == 2
+    assert box.done == 2 * SHORT
     box.replica.answer()
     await stays.answers
 
@@ -178,7 +179,7 @@ async def test_an_answer_that_comes_twice_or_for_nobody_is_dropped(box: Box) -> 
     box.replica.rows.pop(number)
     box.replica.wake()
     assert await asyncio.wait_for(question.answers, 1) == [[1.0]]
-    assert box.num_done == 1
+    assert box.done == 1 * SHORT
     box.replica.answer()
     assert await other.answers == [[2.0]]
 
@@ -192,7 +193,7 @@ async def test_a_lost_replica_gives_all_its_rows_back_once(box: Box) -> None:
     await settle()
     assert sorted(row.question.inputs[row.at][0][0] for row, _ in box.back) == [1, 2, 3]
     assert all(isinstance(error, ReplicaLost) for _, error in box.back)
-    assert box.num_done == 3
+    assert box.done == 3 * SHORT
     assert box.outbox.closed
 
 

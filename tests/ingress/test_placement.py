@@ -8,7 +8,7 @@ import pytest
 from deployments.ingress.placement import Placement
 from deployments.rows import Residency
 
-ROW = 32  # tokens
+ROW = 32  # of load
 NUM_REQUESTS = 40_000
 
 
