@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,8 @@ from typing import Any, Protocol
 
 import httpx2
 import pytest
+
+from tests.serve import head
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "examples" / "base"
@@ -123,7 +124,7 @@ class Oracle:
 class Server:
     """A started server and everything below it, known by a path in their environments."""
 
-    def __init__(self, home: Path, port: int, free_port: Callable[[], int]) -> None:
+    def __init__(self, home: Path, port: int) -> None:
         self.home = home
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
@@ -135,17 +136,8 @@ class Server:
             "RAY_TMPDIR": str(home),
             "RAY_AUTH_MODE": "token",
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_SERVE_ENABLE_HA_PROXY": "1",
-            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
-            "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
-            "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
-            "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
-            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(home / "h" / "haproxy.cfg"),
-            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(home / "h" / "admin.sock"),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(home / "h"),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(home / "h" / "state"),
+            **head.fast_path(home),
         }
         self.main: subprocess.Popen[bytes] | None = None
 
@@ -240,23 +232,17 @@ class Server:
         return str(path)
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 @pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
     """Returns a TCP port that nobody listens on."""
-    return _free_port
+    return head.free_port
 
 
 @contextmanager
 def _a_server() -> Iterator[Server]:
     # Short, since the paths of Ray's sockets below it must fit the system.
     home = Path(tempfile.mkdtemp(prefix="onebase-", dir="/tmp"))
-    server = Server(home, _free_port(), _free_port)
+    server = Server(home, head.free_port())
     try:
         yield server
     finally:
@@ -323,7 +309,7 @@ def cluster(short_dir: Path) -> Iterator[str]:
                 object_store_memory=100 * 2**20,
                 _temp_dir=str(short_dir / "ray"),
             )
-            port = _free_port()
+            port = head.free_port()
             serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
             yield f"http://127.0.0.1:{port}"
         finally:
