@@ -13,7 +13,7 @@ from ray.serve.handle import DeploymentHandle
 from adapters.directory import Directory
 from adapters.documents import open_documents
 from adapters.store import GOLDEN, MAX_GOLDEN_BYTES
-from deployments.config import Args, admin_token, tokenize_without_pool
+from deployments.config import Args, ConfigError, admin_token, tokenize_without_pool
 from deployments.errors import INTERNAL, NotReady, to_problem
 from deployments.ingress.access import Access
 from deployments.ingress.admin import add_change_routes
@@ -32,6 +32,7 @@ from deployments.ingress.wire import to_request
 from deployments.internals import bind_host
 from deployments.journal import Journal
 from deployments.room import Room
+from deployments.settings import INGRESS_KEYS, laid_over
 from deployments.snapshot import Snapshot
 from deployments.tokens import Tokenizer
 from deployments.watch import Watch
@@ -89,6 +90,20 @@ class Ingress:
                 _REPORT_EVERY_S,
             )
         )
+
+    def reconfigure(self, user_config: Any) -> None:
+        """Take what a Serve YAML changes in place; what is wrong changes nothing and is logged.
+
+        Raising would cost this replica, and the next one, which would be told the same.
+        """
+        try:
+            args = laid_over(self._args, user_config, INGRESS_KEYS)
+        except ConfigError as error:
+            logger.error("user_config of Ingress is refused, and nothing changes: %s", error)
+            return
+        self._predictor.limit(args.max_request_rows)
+        self._fan_out.limit(args.max_request_tasks, args.max_request_rows)
+        self._tasks.refuse_when_lost = args.on_lost_catalog == "refuse"
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP application; Ray Serve calls this after the constructor."""
@@ -206,7 +221,7 @@ class Ingress:
             await self._watch.catch_up()
         except Exception as error:
             logger.warning("catalog: no first look at the store: %r", error)
-            if self._args.on_lost_catalog == "refuse":
+            if self._tasks.refuse_when_lost:
                 raise NotReady(
                     "this ingress has just started and cannot read the store to learn what "
                     "is true; try again in a second"

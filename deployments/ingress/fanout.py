@@ -40,8 +40,11 @@ class FanOut:
         """
         self._tasks = tasks
         self._predictor = predictor
-        self._max_tasks = max_tasks
-        self._max_rows = max_rows
+        self.limit(max_tasks, max_rows)
+
+    def limit(self, max_tasks: int, max_rows: int) -> None:
+        """Set the limits, which are as for the constructor."""
+        self._max_tasks, self._max_rows = max_tasks, max_rows
 
     async def predict(
         self,

@@ -57,6 +57,10 @@ class Predictor:
         self._shadows = Shadows(tasks, self.runs, self.tally)
         self._max_rows = max_rows
 
+    def limit(self, max_rows: int) -> None:
+        """Change the most inputs a request, and the most windows of all its inputs."""
+        self._max_rows = self.runs.max_rows = max_rows
+
     async def predict(
         self,
         task: str,

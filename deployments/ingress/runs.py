@@ -24,13 +24,17 @@ READING = ("max_length", "truncation", "stride", "pair")
 
 
 class Runs:
-    """Takes requests through versions whose facts are known."""
+    """Takes requests through versions whose facts are known.
+
+    Attributes:
+        max_rows: Most windows of all inputs of a request.
+    """
 
     def __init__(self, tokenizer: Tokenizer, ask: AskModel, max_rows: int) -> None:
         """Take the base's tokenizer, who reaches a replica, and the most windows a request."""
         self._tokenizer = tokenizer
         self._ask = ask
-        self._max_rows = max_rows
+        self.max_rows = max_rows
         # Of its own, so that looks at a slow store keep no text waiting.
         self._encoders = ThreadPoolExecutor(_ENCODERS, "encode")
         # What nobody waits for, one at a time.
@@ -45,7 +49,7 @@ class Runs:
         """
         inputs = to_inputs(facts, request)
         started_s = time.perf_counter()
-        encoded = await self.read(facts, inputs, self._max_rows)
+        encoded = await self.read(facts, inputs, self.max_rows)
         tokenize_s = time.perf_counter() - started_s
         return await self.answer(facts, request, inputs, encoded, tokenize_s, visit)
 
@@ -89,7 +93,7 @@ class Runs:
         if not _read_alike(facts, run.facts):
             inputs = to_inputs(facts, run.request)
             encoded = await asyncio.get_running_loop().run_in_executor(
-                self._unhurried, encode, self._tokenizer, facts, inputs, self._max_rows
+                self._unhurried, encode, self._tokenizer, facts, inputs, self.max_rows
             )
         rows = [row for windows in encoded if not isinstance(windows, str) for row in windows]
         if len(rows) > max_rows:

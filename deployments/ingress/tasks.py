@@ -61,6 +61,7 @@ class Tasks:
     Attributes:
         snapshot: What is true; whoever watches the catalog calls `prepare`, then sets it.
         folders: Tasks that the catalog does not have.
+        refuse_when_lost: Whether 5 s without contact to the catalog end all answers.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Tasks:
         self._described = Described(describe)
         self._traffic = Traffic()
         self._silent_s = silent_s
-        self._refuse_when_lost = refuse_when_lost
+        self.refuse_when_lost = refuse_when_lost
         self._changed: set[str] = set()  # by the last snapshot
         self._preparing: set[asyncio.Task[None]] = set()
 
@@ -122,7 +123,7 @@ class Tasks:
             TaskNotFound: The task was deleted; of an unknown one `facts` says so.
             NotReady: This ingress is out of contact, and does not know what is true.
         """
-        if self._refuse_when_lost and (stale_s := self.stale_s) is not None:
+        if self.refuse_when_lost and (stale_s := self.stale_s) is not None:
             raise NotReady(
                 f"this ingress has not reached the catalog or the store for {stale_s:.0f} s and "
                 "does not answer by what may be old; try again in a second"

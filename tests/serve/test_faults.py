@@ -181,7 +181,6 @@ def test_what_deployments_say_changes_in_place(head: Head, wanted: Wanted, deplo
     assert all({*before[name]} <= {*after[name]} for name in before)
 
 
-@pytest.mark.skip("switched on where the deployments have `reconfigure`")
 def test_user_config_changes_in_place(head: Head, wanted: Wanted, deploy: Any) -> None:
     eight = {"texts": ["x"] * 8}
     url = f"{head.url}/v1/tasks/spam/predict"
