@@ -70,10 +70,11 @@ def servers(
         until = time.monotonic() + start_s
         for process, port, log in started:
             _wait(process, port, log, until)
-        pool = stack.enter_context(ThreadPoolExecutor(len(models)))
         connections = [http.client.HTTPConnection(HOST, port, timeout=60) for _, port, _ in started]
         for connection in connections:
             stack.callback(connection.close)
+        # It ends before they close: a request that is still on its way would open one again.
+        pool = stack.enter_context(ThreadPoolExecutor(len(models)))
 
         def answer(texts: Sequence[str], of: Sequence[int]) -> list[dict[str, float]]:
             rows = {model: [row for row, own in enumerate(of) if own == model] for model in of}
