@@ -107,6 +107,7 @@ def test_files_are_on_the_disk_before_they_are_a_version_and_that_before_it_retu
 ) -> None:
     staging, version = stage(store, contents()), digest(contents())
     steps: list[str] = []
+    moved: list[str] = []
     sync, rename = os.fsync, Path.rename
 
     def note_sync(number: int) -> None:
@@ -115,16 +116,17 @@ def test_files_are_on_the_disk_before_they_are_a_version_and_that_before_it_retu
 
     def note_rename(self: Path, target: Path) -> Path:
         steps.append("rename")
+        moved.append(os.path.relpath(self, store.root))
         return rename(self, target)
 
     monkeypatch.setattr(os, "fsync", note_sync)
     monkeypatch.setattr(Path, "rename", note_rename)
     store.publish(staging, "mood", version)
     at = steps.index("rename")
-    place = f".staging/{staging}"
+    place, (folder,) = f".staging/{staging}", moved
     assert set(steps[:at]) >= {
-        *(f"{place}/files/{name}" for name in contents()),
-        f"{place}/files", f"{place}/publishing.json", place, ".staging",
+        *(f"{folder}/{name}" for name in contents()),
+        folder, f"{place}/publishing.json", place, ".staging",
     }  # fmt: skip
     assert steps[at + 1 :] == ["mood", "."]
 

@@ -288,7 +288,8 @@ def test_every_rule_is_read() -> None:
         "labels": ["no", "yes"], "problem_type": "multi_label_classification", "threshold": 0.25,
         "max_length": 64, "truncation": "only_first", "padding": "max_length", "pair": True,
         "base_sha256": "ab" * 32, "overflow": "window", "stride": 8, "window_scores": "mean",
-        "negative_label": "no", "aggregation": "first",
+        "negative_label": "no", "aggregation": "first", "priority": "high",
+        "latency_target_ms": 50,
     }  # fmt: skip
     assert set(said) == set(Rules.model_fields)
     _, rules = good(QUIET, task=said)
