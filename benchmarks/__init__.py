@@ -28,6 +28,7 @@ QUESTIONS = (
     "threads",
     "serving",
     "placement",
+    "flood",
 )
 
 

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import uvloop
 
 HOST = "127.0.0.1"
-# Of an open loop; who finds none free waits for one, and his latency runs.
 _MOST_CONNECTIONS = 256
 # How long the last answers are waited for.
 _GRACE_S = 2.0
@@ -36,12 +35,14 @@ class Load:
         latencies_ms: Of every request that was answered with 200; in an open loop also, as old as
             they were at the end, of those that were never answered.
         failed: Answers that were not 200, and in an open loop what was never answered.
+        refused: Of an open loop whose callers heed Retry-After, how often one was told to.
         cpu_s: What making the load took of a CPU.
     """
 
     seconds: float
     latencies_ms: list[float] = field(default_factory=list)
     failed: int = 0
+    refused: int = 0
     cpu_s: float = 0.0
 
     @property
@@ -86,6 +87,7 @@ class Connection(asyncio.Protocol):
         self._request = b""  # to be sent when it is open
         self._num_closed = 0  # by this side, and not heard of yet
         self.due_s: float | None = None  # when its request was to be sent; None without one
+        self.retry_after_s: float | None = None  # as the last answer told
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
@@ -115,6 +117,7 @@ class Connection(asyncio.Protocol):
                 self._num_closed += 1
                 self._transport.close()
                 self._transport = None
+            self.retry_after_s = _retry_after_s(answer)
             self._answered(self, int(answer[9:12]))
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -146,6 +149,13 @@ def _is_whole(answer: bytes) -> bool:
 def _is_last(answer: bytes) -> bool:
     """Whether an answer says that no other one comes over its connection."""
     return b"\r\nconnection: close\r\n" in answer[: answer.find(b"\r\n\r\n") + 2].lower()
+
+
+def _retry_after_s(answer: bytes) -> float | None:
+    if not answer.startswith((b"429", b"503"), 9):
+        return None
+    _, found, rest = answer.lower().partition(b"\r\nretry-after:")
+    return float(rest[: rest.index(b"\r\n")]) if found else None
 
 
 async def closed(port: int, requests: Iterator[bytes], connections: int, seconds: float) -> Load:
@@ -184,8 +194,19 @@ async def closed(port: int, requests: Iterator[bytes], connections: int, seconds
     return load
 
 
-async def opened(port: int, requests: Iterator[bytes], rate: float, seconds: float) -> Load:
-    """Send at a mean rate a second for so long, at random moments, the same ones every time."""
+async def opened(
+    port: int,
+    requests: Iterator[bytes],
+    rate: float,
+    seconds: float,
+    most_connections: int = _MOST_CONNECTIONS,
+    heed: bool = False,
+) -> Load:
+    """Send at a mean rate a second for so long, at random moments, the same ones every time.
+
+    Who finds no connection free waits for one, and his latency runs. Callers who heed Retry-After
+    ask again when they are told to, which is no failure.
+    """
     load, clock = Load(seconds), time.perf_counter
     idle: list[Connection] = []
     waiting: deque[float] = deque()
@@ -193,6 +214,12 @@ async def opened(port: int, requests: Iterator[bytes], rate: float, seconds: flo
 
     def answered(connection: Connection, status: int) -> None:
         due_s, connection.due_s = connection.due_s, None
+        wait_s = connection.retry_after_s
+        if heed and status and wait_s is not None and due_s is not None:
+            load.refused += 1
+            connection.due_s = due_s
+            asyncio.get_running_loop().call_later(wait_s, again, connection, due_s)
+            return
         if status == 200 and due_s is not None:
             load.latencies_ms.append(1e3 * (clock() - due_s))
         else:
@@ -204,6 +231,10 @@ async def opened(port: int, requests: Iterator[bytes], rate: float, seconds: flo
         else:
             idle.append(connection)
 
+    def again(connection: Connection, due_s: float) -> None:
+        if connection.due_s is not None:  # not closed meanwhile
+            connection.send(next(requests), due_s)
+
     dice = random.Random(0)
     connections += [await _connect(port, answered) for _ in range(_MOST_CONNECTIONS)]
     idle += connections
@@ -212,10 +243,14 @@ async def opened(port: int, requests: Iterator[bytes], rate: float, seconds: flo
     while (due_s := due_s + dice.expovariate(rate)) < ends_s:
         if (wait_s := due_s - clock()) > 0:
             await asyncio.sleep(wait_s)
+        sent_s = min(due_s, clock())  # uvloop may wake up to a millisecond early
         if idle:
-            idle.pop().send(next(requests), due_s)
+            idle.pop().send(next(requests), sent_s)
+        elif len(connections) < most_connections:
+            connections.append(Connection(port, answered))
+            connections[-1].send(next(requests), sent_s)
         else:
-            waiting.append(due_s)
+            waiting.append(sent_s)
     until_s = clock() + _GRACE_S
     while (waiting or any(c.due_s is not None for c in connections)) and clock() < until_s:
         await asyncio.sleep(0.02)

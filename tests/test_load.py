@@ -50,6 +50,7 @@ class Server:
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
 CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
 LAST = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 5\r\n\r\nhello"
+LATER = b"HTTP/1.1 429 Busy\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
 BUSY = b"HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n"
 
 
@@ -98,6 +99,26 @@ def test_after_an_answer_that_is_a_connection_s_last_there_is_another_connection
     load = under(Server(LAST), lambda port: opened(port, itertools.repeat(REQUEST), 100, 0.5))
     assert load.failed == 0
     assert len(load.latencies_ms) == pytest.approx(50, rel=0.5)
+
+
+def test_who_heeds_retry_after_asks_again_when_he_is_told_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("benchmarks.load._GRACE_S", 0.1)
+
+    def load(port: int, heed: bool):
+        return opened(port, itertools.repeat(REQUEST), 20, 2.5, 256, heed)
+
+    rude, polite = Server(LATER), Server(LATER)
+    loads = [
+        under(rude, lambda port: load(port, False)),
+        under(polite, lambda port: load(port, True)),
+    ]
+    assert [one.refused for one in loads] == [0, len(polite.bodies)]
+    assert loads[0].failed == len(rude.bodies) == pytest.approx(50, rel=0.4)
+    # Those of the first 1.5 s have come once more, those of the first 0.5 s twice.
+    assert len(polite.bodies) == pytest.approx(50 + 30 + 10, rel=0.4)
+    assert loads[1].failed == loads[0].failed  # never answered
 
 
 def test_an_open_loop_charges_a_stall_to_all_who_came_meanwhile() -> None:

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import httpx2
 import pytest
 
+from benchmarks.servers import free_port
 from tests.serve import head
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -232,17 +233,11 @@ class Server:
         return str(path)
 
 
-@pytest.fixture(scope="session")
-def free_port() -> Callable[[], int]:
-    """Returns a TCP port that nobody listens on."""
-    return head.free_port
-
-
 @contextmanager
 def _a_server() -> Iterator[Server]:
     # Short, since the paths of Ray's sockets below it must fit the system.
     home = Path(tempfile.mkdtemp(prefix="onebase-", dir="/tmp"))
-    server = Server(home, head.free_port())
+    server = Server(home, free_port())
     try:
         yield server
     finally:
@@ -309,7 +304,7 @@ def cluster(short_dir: Path) -> Iterator[str]:
                 object_store_memory=100 * 2**20,
                 _temp_dir=str(short_dir / "ray"),
             )
-            port = head.free_port()
+            port = free_port()
             serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
             yield f"http://127.0.0.1:{port}"
         finally:

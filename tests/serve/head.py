@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,20 +15,12 @@ from typing import Any
 import httpx2
 import yaml
 
+from benchmarks.servers import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "I absolutely loved this product!"
 PATIENCE_S = 120.0  # on a busy machine
 TOKEN = "a token for one test only"
-
-
-def free_port() -> int:
-    """Return a TCP port that nobody listens on, and that no client is given until it is used."""
-    dice = random.SystemRandom()
-    while True:
-        port = dice.randrange(20_000, 30_000)  # under Serve's own and the kernel's for clients
-        with socket.socket() as one, suppress(OSError):
-            one.bind(("127.0.0.1", port))
-            return port
 
 
 def wait_until(true: Callable[[], bool], *, every_s: float = 0.5) -> None:

@@ -4,9 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+
+from benchmarks.servers import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.2"  # neither Serve's default nor what other tests configure
@@ -52,9 +53,7 @@ def test_the_private_names_are_those_of_the_ray_that_is_installed() -> None:
     assert version("ray").split(".")[:2] == ["2", "60"]
 
 
-def test_the_host_and_the_replicas_are_what_serve_knows(
-    short_dir: Path, free_port: Callable[[], int]
-) -> None:
+def test_the_host_and_the_replicas_are_what_serve_knows(short_dir: Path) -> None:
     plain = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     environment = {**plain, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     done = subprocess.run(

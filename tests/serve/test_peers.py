@@ -2,13 +2,15 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+
+from benchmarks.servers import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = str(ROOT / "examples" / "base")
@@ -17,7 +19,7 @@ TEXTS = ["I absolutely loved this product!", "The parcel came late and nobody an
 
 
 @pytest.fixture(scope="module")
-def guide(free_port: Callable[[], int]) -> Iterator[str]:
+def guide() -> Iterator[str]:
     """The guide's server on a port of its own; yields its URL."""
     import uvicorn
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.serve.head import ROOT, end, free_port, tasks, wait_until
+from benchmarks.servers import free_port
+from tests.serve.head import ROOT, end, tasks, wait_until
 from tests.serve.load import Steady
 
 TASKS = ("sentiment", "spam", "topic")
