@@ -77,7 +77,9 @@ class Cluster:
         self.replicas = Replicas(self.store)
         adoption = Adoption(self.ledger, self.store, self.replicas)
         self.changes = Changes(self.ledger, self.store, self.replicas, adoption)
-        self.upkeep = upkeep.Upkeep(self.ledger, usage, self.store, self.replicas, adoption)
+        self.upkeep = upkeep.Upkeep(
+            self.ledger, usage, self.store, self.replicas, adoption, scan_every_s=0.75
+        )
 
     async def publish(self, task: str, number: int, **given: Any) -> dict[str, Any]:
         files = {CONFIG: io.BytesIO(b"{}"), WEIGHTS: io.BytesIO(content(number))}
