@@ -151,7 +151,7 @@ class Bucket:
         with nothing_more_comes(task):
             return self._staged(staging, task).read(task, self._objects)
 
-    def publish(self, staging: str, task: str, version: str) -> None:
+    def publish(self, staging: str, task: str, version: str) -> bool:
         """Make what was staged a version, at once and whole; durable when this returns."""
         check_version(task, version)
         staged, prefix = self._staged(staging, task), self._prefix(task, version)
@@ -159,7 +159,7 @@ class Bucket:
         if found != version:
             raise AdapterRefused(task, [f"what was uploaded is {found}, not {version}"])
         if self._holds(task, version):
-            return
+            return False
         self._objects.put_bytes(f"{FOLDER}/{staging}/{MARKER}", to_marker(task, version))
         self._clear(prefix)
         try:
@@ -173,6 +173,7 @@ class Bucket:
             with suppress(StoreUnreachable):
                 self._clear(prefix)
             raise
+        return True
 
     def discard(self, staging: str) -> None:
         """Remove a staging and its marker, if it is there."""
