@@ -144,7 +144,9 @@ class Client:
                 given = {"by": cluster.name, "if_match": if_match}
                 told = await cluster.changes.rollback(task, **given)
             else:
-                version = chance.choice([*record.versions]) if kind == "delete" else None
+                # Of those that can be deleted, so that some are purged however the race goes.
+                idle = sorted(record.versions.keys() - record.in_use) or [*record.versions]
+                version = chance.choice(idle) if kind == "delete" else None
                 told = await cluster.delete(task, version, if_match)
         except (RequestError, AdapterError) as error:
             return {"refused": type(error).__name__, "stale": isinstance(error, Stale)}
