@@ -43,6 +43,9 @@ from adapters.store import CONFIG, PICKLE, READ, Files, Look
 
 logger = logging.getLogger("ray.serve")
 
+# The catalog keeps all of its history.
+_NO_TASKS = (f"{FOLDER}/", "catalog/")
+
 
 class Bucket:
     """PEFT folders and versions below a URL, with a disk cache of versions before it.
@@ -60,7 +63,7 @@ class Bucket:
     def tasks(self) -> list[str]:
         """Return the names of all tasks that have a plain folder or a version, sorted."""
         names = set()
-        for path in self._objects.below(""):
+        for path in self._objects.names_but(*_NO_TASKS):
             task, _, name = path.partition("/")
             if TASK_NAME.fullmatch(task) and (name == CONFIG or version_names([name])):
                 names.add(task)
@@ -68,11 +71,11 @@ class Bucket:
 
     def folders(self) -> dict[str, int]:
         """Return the folder of every possible task -> a mark."""
-        found: dict[str, list[tuple[str, int]]] = {}
-        for path, one in self._objects.below("").items():
+        found: dict[str, list[tuple[str, str]]] = {}
+        for path, mark in self._objects.names_but(*_NO_TASKS).items():
             task, _, name = path.partition("/")
             if name and TASK_NAME.fullmatch(task):
-                found.setdefault(task, []).append((name, one.mark))
+                found.setdefault(task, []).append((name, mark))
         return {task: hash(tuple(sorted(objects))) for task, objects in found.items()}
 
     def versions(self, task: str) -> list[str]:
