@@ -152,7 +152,7 @@ class Adoption:
         def taken_in(snapshot: Snapshot) -> Snapshot:
             return state.adopt(snapshot, task, version, _BY, now_s, if_match=seen)
 
-        async with self._ledger.turns[task], self._folders_of(task) as folders:
+        async with self._ledger.turn(task), self._folders_of(task) as folders:
             await self._effects.check(task, None, record.rules)
             await self.copy(task, version, folders)
             draft = taken_in(self._ledger.snapshot).tasks[task]
@@ -195,7 +195,7 @@ class Adoption:
             if look is not None:
                 self._refused[task] = look
             return latest_first
-        async with self._ledger.turns[task], self._folders_of(task) as folders:
+        async with self._ledger.turn(task), self._folders_of(task) as folders:
             await self.copy(task, found.version, folders)
             what = {"folder": found.version}
             await self._ledger.commit(found.taken_in, by=_BY, task=task, what=what)
@@ -209,7 +209,7 @@ class Adoption:
                 snapshot, task, version, "folder", _BY, now_s, activate=False, if_match=None
             )
 
-        async with self._ledger.turns[task]:
+        async with self._ledger.turn(task):
             # A publication has its marker before its folder, so if it has none by now it has ended:
             # the catalog knows the version, or the folder is gone.
             unfinished = await asyncio.to_thread(self._store.unfinished)

@@ -142,7 +142,7 @@ class Changes:
         return await self._told(task, record)
 
     async def _delete_task(self, task: str, by: str, if_match: int | None) -> dict[str, Any]:
-        async with self._ledger.turns[task]:
+        async with self._ledger.turn(task):
             try:
                 await asyncio.to_thread(self._store.look, task)
                 has_folder = True
@@ -202,7 +202,7 @@ class Changes:
         """
         stagings = () if staging is None else (staging,)
         async with (
-            self._ledger.turns[task],
+            self._ledger.turn(task),
             Folders(self._ledger, self._store, self._effects, task, *stagings) as folders,
         ):
             for _ in range(_TRIES):

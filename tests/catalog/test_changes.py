@@ -1,6 +1,7 @@
 """Changes over a real store and a real journal; the replicas are one that computes nothing."""
 
 import asyncio
+import gc
 import io
 import shutil
 import statistics
@@ -529,6 +530,14 @@ async def test_forty_patches_at_once_all_hold_without_if_match(world: World) -> 
     assert sorted(one["revision"] for one in told) == list(range(2, 42))
 
 
+async def test_a_name_that_was_tried_once_is_not_remembered(world: World) -> None:
+    for number in range(100):
+        with pytest.raises(TaskNotFound):
+            await world.changes.delete(f"no-{number}", None, by="us", if_match=None)
+    gc.collect()
+    assert len(world.ledger._turns) == 0
+
+
 async def test_what_a_caller_read_of_a_plain_folder_holds_for_an_upload(world: World) -> None:
     world.drop("mood", 1)
     told = await world.publish(2, if_match=0)
@@ -808,7 +817,8 @@ async def test_a_version_that_fails_too_often_loses_its_share(world: World) -> N
     second = (await world.publish(2))["version"]
     await world.patch(traffic={second: 0.5}, max_error_rate=0.1)
     world.usage._clock = lambda: float("inf")
-    world.usage.add([Usage(task="mood", version=second, num_rows=40, num_errors=10)])
+    counted = [Usage(task="mood", version=second, num_rows=40, num_errors=10)]
+    world.usage.add(counted, world.ledger.snapshot)
     await world.upkeep._watch()
     assert world.record.traffic == {}
     (last, *_), _ = await world.ledger.history(task="mood", before=None, limit=10)
