@@ -333,7 +333,7 @@ class Stream:
         if answer.status_code == 503:
             self.unsure.append(value)
             self.num_unsure += 1
-            time.sleep(0.02)
+            time.sleep(0.1)
         else:
             self.acknowledged[answer.json()["revision"]] = self.last = value
             self.unsure = []
