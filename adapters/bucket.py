@@ -43,6 +43,9 @@ from adapters.store import CONFIG, PICKLE, READ, Files, Look
 
 logger = logging.getLogger("ray.serve")
 
+# The catalog keeps all of its history.
+_NO_TASKS = (f"{FOLDER}/", "catalog/")
+
 
 class Bucket:
     """PEFT folders and versions below a URL, with a disk cache of versions before it.
@@ -60,7 +63,7 @@ class Bucket:
     def tasks(self) -> list[str]:
         """Return the names of all tasks that have a plain folder or a version, sorted."""
         names = set()
-        for path in self._objects.below(""):
+        for path in self._objects.names_but(*_NO_TASKS):
             task, _, name = path.partition("/")
             if TASK_NAME.fullmatch(task) and (name == CONFIG or version_names([name])):
                 names.add(task)
@@ -68,11 +71,11 @@ class Bucket:
 
     def folders(self) -> dict[str, int]:
         """Return the folder of every possible task -> a mark."""
-        found: dict[str, list[tuple[str, int]]] = {}
-        for path, one in self._objects.below("").items():
+        found: dict[str, list[tuple[str, str]]] = {}
+        for path, mark in self._objects.names_but(*_NO_TASKS).items():
             task, _, name = path.partition("/")
             if name and TASK_NAME.fullmatch(task):
-                found.setdefault(task, []).append((name, one.mark))
+                found.setdefault(task, []).append((name, mark))
         return {task: hash(tuple(sorted(objects))) for task, objects in found.items()}
 
     def versions(self, task: str) -> list[str]:
@@ -151,7 +154,7 @@ class Bucket:
         with nothing_more_comes(task):
             return self._staged(staging, task).read(task, self._objects)
 
-    def publish(self, staging: str, task: str, version: str) -> None:
+    def publish(self, staging: str, task: str, version: str) -> bool:
         """Make what was staged a version, at once and whole; durable when this returns."""
         check_version(task, version)
         staged, prefix = self._staged(staging, task), self._prefix(task, version)
@@ -159,7 +162,7 @@ class Bucket:
         if found != version:
             raise AdapterRefused(task, [f"what was uploaded is {found}, not {version}"])
         if self._holds(task, version):
-            return
+            return False
         self._objects.put_bytes(f"{FOLDER}/{staging}/{MARKER}", to_marker(task, version))
         self._clear(prefix)
         try:
@@ -173,6 +176,7 @@ class Bucket:
             with suppress(StoreUnreachable):
                 self._clear(prefix)
             raise
+        return True
 
     def discard(self, staging: str) -> None:
         """Remove a staging and its marker, if it is there."""

@@ -148,7 +148,7 @@ class Directory:
         with nothing_more_comes(task):
             return read(task, f"{place}/{FILES}", self.root)
 
-    def publish(self, staging: str, task: str, version: str) -> None:
+    def publish(self, staging: str, task: str, version: str) -> bool:
         """Make what was staged a version, at once and whole; durable when this returns."""
         check_version(task, version)
         folder = self._own_folder(task)
@@ -156,7 +156,7 @@ class Directory:
         if found != version:
             raise AdapterRefused(task, [f"what was uploaded is {found}, not {version}"])
         if self._holds(task, version):
-            return
+            return False
         place = self.root / FOLDER / staging
         with self._writing():
             with open(place / MARKER, "wb") as marker:
@@ -177,6 +177,7 @@ class Directory:
                 raise
             sync(folder)
             sync(self.root)
+        return True
 
     def discard(self, staging: str) -> None:
         """Remove a staging and its marker, if it is there."""

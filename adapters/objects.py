@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from adapters.errors import StoreUnreachable
 from adapters.filesystem import Limits, ask, open_filesystem
+from adapters.listing import names_but, pages_of
 
 T = TypeVar("T")
 _LIMITS = Limits(connect_s=5, read_s=15, max_parts=2)
@@ -43,6 +44,7 @@ class Objects:
         self._files, root = open_filesystem(url, _LIMITS)
         self._root = root.rstrip("/")
         self._url = url
+        self._page = pages_of(self._files, self._root)
 
     def below(self, prefix: str) -> dict[str, Object]:
         """List what begins with a prefix, as it is now: name after the prefix -> object."""
@@ -57,6 +59,13 @@ class Objects:
             for name, info in found.items()
             if name.startswith(begin)  # memory:// lists all
         }
+
+    def names_but(self, *without: str) -> dict[str, str]:
+        """List all names but those in some folders; see `listing.names_but`."""
+        try:
+            return names_but(lambda after: self._ask(lambda: self._page(after)), without)
+        except FileNotFoundError:
+            raise StoreUnreachable(self._url, "there is no such bucket") from None
 
     def fetch(self, name: str, num_bytes: int) -> bytes:
         """Return an object that a listing showed with so many bytes; no more are ever fetched.

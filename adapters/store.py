@@ -152,12 +152,15 @@ class Store(Protocol):
             AdapterRefused: It cannot be read; nothing more is on its way, so waiting is no use.
         """
 
-    def publish(self, staging: str, task: str, version: str) -> None:
+    def publish(self, staging: str, task: str, version: str) -> bool:
         """Make what was staged a version, at once and whole; durable when this returns.
 
         The staging stays. A version that is there already is kept, unless its folder does not hold
         what its name says. A marker beside the staging names the version until
         `discard`, so that whoever finds it knows whose publication died.
+
+        Returns:
+            Whether this has made the version's folder; False if it was there.
 
         Raises:
             AdapterRefused: What was staged is not that version; or the task's folder is a link.

@@ -67,6 +67,7 @@ class Watch:
         self._first_look: asyncio.Task[None] | None = None
         self.away = False
         self._loop: asyncio.Task[None] | None = None
+        self._looking: asyncio.Task[None] | None = None
         self.snapshot = Snapshot()
 
     @property
@@ -104,8 +105,9 @@ class Watch:
 
     def stop(self) -> None:
         """Follow no more."""
-        if self._loop is not None:
-            self._loop.cancel()
+        for task in (self._loop, self._looking):
+            if task is not None:
+                task.cancel()
 
     async def _follow(self) -> None:
         while True:
@@ -116,7 +118,7 @@ class Watch:
                 self._told(away=False)
             except Exception as error:
                 self._told(away=True, why=error)
-                await self._look()
+                self._look_meanwhile()
                 await asyncio.sleep(self._every_s)
             finally:
                 asking.cancel()
@@ -131,7 +133,7 @@ class Watch:
             if time.monotonic() > until_s:
                 raise TimeoutError(f"no answer in {_LONGEST_S:.0f} s")
             self._told(away=True, why=TimeoutError("no answer yet"))
-            await self._look()
+            self._look_meanwhile()
             wait_s = self._every_s
 
     async def _ask(self) -> Snapshot:
@@ -150,21 +152,30 @@ class Watch:
         # What changed between the pages has a later revision, and comes with the next poll.
         return Snapshot(revision=revision, tasks=tasks)
 
+    def _look_meanwhile(self) -> None:
+        """Read the store, since the catalog does not answer; a store that hangs delays no poll."""
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.get_running_loop().create_task(self._look())
+
     async def _look(self) -> None:
-        """Read the store, since the catalog does not answer."""
         try:
             await self._read_store()
         except Exception as error:
             logger.error("catalog=away, and the store cannot be read: %s", error)
-        else:
-            self._contact_s = time.monotonic()
 
     async def _read_store(self) -> None:
+        # What a slow store tells was true when it was asked, and perhaps no more.
+        asked_s = time.monotonic()
         newer = await asyncio.to_thread(self._read, self.snapshot.revision)
-        await self._install(newer or self.snapshot)
+        await self._install(newer or self.snapshot, asked_s)
 
-    async def _install(self, new: Snapshot) -> None:
-        """Hold a snapshot, once what it needs is prepared; an older one is never held."""
+    async def _install(self, new: Snapshot, true_s: float | None = None) -> None:
+        """Hold a snapshot, once what it needs is prepared; an older one is never held.
+
+        Args:
+            new: The snapshot.
+            true_s: When it was surely true; None for now.
+        """
         async with self._turn:
             old = self.snapshot
             if new.revision > old.revision:
@@ -173,7 +184,7 @@ class Watch:
                 await self._prepared(old, new, changed)
                 self.snapshot = new
                 self._hold(new)
-        self._contact_s = time.monotonic()
+        self._contact_s = max(self._contact_s, true_s or time.monotonic())
 
     async def _prepared(self, old: Snapshot, new: Snapshot, changed: Collection[str]) -> None:
         try:

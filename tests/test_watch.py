@@ -1,4 +1,5 @@
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any
@@ -31,6 +32,8 @@ class Catalog:
         self.prepared: list[tuple[int, int, set[str]]] = []
         self.prepare_s = 0.0
         self.num_reads = 0
+        self.store_goes_on = threading.Event()
+        self.store_goes_on.set()
 
     async def write(self, new: Snapshot) -> None:
         self.stored = new
@@ -38,6 +41,7 @@ class Catalog:
 
     def read(self, revision: int) -> Snapshot | None:
         self.num_reads += 1
+        self.store_goes_on.wait(30)
         if self.store_away:
             raise OSError("the store is away")
         return self.stored if self.stored.revision > revision else None
@@ -185,6 +189,43 @@ async def test_without_either_it_says_for_how_long(
     assert watch.snapshot.revision == 1
     catalog.store_away = False
     await until(lambda: watch.stale_s == 0)
+
+
+async def test_a_store_that_hangs_keeps_no_ingress_from_the_catalog_that_is_back(
+    catalog: Catalog, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.watch.POLL_S", 0.1)
+    catalog.store_goes_on.clear()
+    catalog.away = True
+    num_reads = catalog.num_reads
+    try:
+        await until(lambda: watch.stale_s > 0)
+        assert catalog.num_reads == num_reads + 1, "one look at a time"
+        catalog.away = False
+        await catalog.write(snapshot(2, one=1, two=2))
+        await holds(watch, 2)
+        await until(lambda: not watch.away)
+        assert watch.stale_s == 0
+    finally:
+        catalog.store_goes_on.set()
+
+
+async def test_what_a_slow_store_tells_was_true_when_it_was_asked(
+    catalog: Catalog, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.watch.POLL_S", 0.1)
+    catalog.store_goes_on.clear()
+    catalog.hangs = True
+    try:
+        await until(lambda: watch.stale_s > 2)  # so that the look itself is old by now
+        assert watch._looking is not None
+        look = watch._looking
+    finally:
+        monkeypatch.setattr(watch, "_look_meanwhile", lambda: None)  # no other one follows
+        catalog.store_goes_on.set()
+    await asyncio.wait({look}, timeout=10)
+    assert look.done()
+    assert watch.stale_s > 0
 
 
 async def test_an_older_revision_is_never_held(catalog: Catalog, watch: Watch) -> None:

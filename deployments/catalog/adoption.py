@@ -15,6 +15,7 @@ from adapters.store import Look, Store
 from deployments.catalog import state
 from deployments.catalog.effects import Effects
 from deployments.catalog.ledger import Ledger
+from deployments.catalog.publication import Folders
 from deployments.catalog.readiness import make_ready
 from deployments.errors import BadInput
 from deployments.snapshot import Snapshot, TaskRecord
@@ -50,6 +51,7 @@ class Adoption:
         self._ledger, self._store, self._effects = ledger, store, effects
         self._looks: dict[str, Look] = {}  # of plain folders, as last taken in or refused
         self._unsettled: dict[str, Look] = {}
+        self._refused: dict[str, Look] = {}  # of plain folders of tasks without a record
         # Marks of folders whose versions were taken in, and of plain folders of managed tasks.
         self._folders: dict[str, int] = {}
         self._followed: dict[str, int] = {}
@@ -69,8 +71,13 @@ class Adoption:
         now_s = datetime.now(UTC).timestamp()
         return Found(version, lambda s: state.adopt(s, task, version, by, now_s, if_match=0))
 
-    async def copy(self, task: str, version: str) -> None:
+    async def copy(self, task: str, version: str, folders: Folders) -> None:
         """Make a version folder of a plain folder's files.
+
+        Args:
+            task: The task.
+            version: What the plain folder held when it was looked at.
+            folders: Makes it, and removes it if the change is refused.
 
         Raises:
             AdapterChanged: It holds another version by now.
@@ -80,10 +87,7 @@ class Adoption:
             raise AdapterChanged(task, version, files.version)
         named = {name: io.BytesIO(content) for name, content in files.contents.items()}
         staging = await asyncio.to_thread(self._store.stage, named)
-        try:
-            await asyncio.to_thread(self._store.publish, staging, task, version)
-        finally:
-            await asyncio.to_thread(self._store.discard, staging)
+        await folders.make(version, staging, known=False)
 
     async def scan(self) -> float:
         """Take in what was put into the store, or changed there, since the last scan.
@@ -103,6 +107,7 @@ class Adoption:
                     self._folders[task] = folders[task]
             except Exception as error:  # of this task alone, and perhaps not at the next scan
                 self._say_once(f"adapter={task} is not taken in: {error}")
+        self._refused = {task: look for task, look in self._refused.items() if task in folders}
         managed = self._ledger.snapshot.tasks.items()
         live = {task: record for task, record in managed if not record.deleted and task in folders}
         self._followed = {task: mark for task, mark in self._followed.items() if task in live}
@@ -147,9 +152,9 @@ class Adoption:
         def taken_in(snapshot: Snapshot) -> Snapshot:
             return state.adopt(snapshot, task, version, _BY, now_s, if_match=seen)
 
-        async with self._ledger.turns[task]:
+        async with self._ledger.turn(task), self._folders_of(task) as folders:
             await self._effects.check(task, None, record.rules)
-            await self.copy(task, version)
+            await self.copy(task, version, folders)
             draft = taken_in(self._ledger.snapshot).tasks[task]
             await make_ready(self._effects, task, record, draft)
             await self._ledger.commit(taken_in, by=_BY, task=task, what={"folder": version})
@@ -176,12 +181,22 @@ class Adoption:
 
     async def _take_plain(self, task: str, missing: list[str]) -> list[str]:
         """Take in the plain folder beside a task's first versions; return the order of those."""
+        latest_first = missing[::-1]  # the first of a task becomes active
+        look: Look | None = None
         try:
+            look = await asyncio.to_thread(self._store.look, task)
+            if look == self._refused.get(task):
+                return latest_first
             found = await self.find(task, _BY)
         except TaskNotFound:
-            return missing[::-1]  # the latest first: the first of a task becomes active
-        async with self._ledger.turns[task]:
-            await self.copy(task, found.version)
+            return latest_first
+        except AdapterRefused as error:  # and not again until it changes
+            self._say_once(f"adapter={task} its folder is not taken in: {error}")
+            if look is not None:
+                self._refused[task] = look
+            return latest_first
+        async with self._ledger.turn(task), self._folders_of(task) as folders:
+            await self.copy(task, found.version, folders)
             what = {"folder": found.version}
             await self._ledger.commit(found.taken_in, by=_BY, task=task, what=what)
         return [version for version in missing if version != found.version]
@@ -194,7 +209,7 @@ class Adoption:
                 snapshot, task, version, "folder", _BY, now_s, activate=False, if_match=None
             )
 
-        async with self._ledger.turns[task]:
+        async with self._ledger.turn(task):
             # A publication has its marker before its folder, so if it has none by now it has ended:
             # the catalog knows the version, or the folder is gone.
             unfinished = await asyncio.to_thread(self._store.unfinished)
@@ -206,6 +221,9 @@ class Adoption:
             await make_ready(self._effects, task, snapshot.tasks.get(task), draft)
             await self._ledger.commit(added, by=_BY, task=task, what={"found": version})
         logger.info("adapter=%s@%s taken in from the store", task, version)
+
+    def _folders_of(self, task: str) -> Folders:
+        return Folders(self._ledger, self._store, self._effects, task)
 
     def _say_once(self, sentence: str) -> None:
         """Log what every scan finds again."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
@@ -15,9 +14,9 @@ from deployments.catalog import state
 from deployments.catalog.adoption import Adoption, Found
 from deployments.catalog.effects import Effects
 from deployments.catalog.ledger import Ledger
-from deployments.catalog.publication import PutBack, ensure_there, publish_staged, withdraw
+from deployments.catalog.publication import Folders, discard, give_way
 from deployments.catalog.readiness import checked, make_ready
-from deployments.errors import NotReady, RequestError, Stale, Unsure
+from deployments.errors import NotReady, Stale
 from deployments.snapshot import Snapshot, TaskPatch, TaskRecord
 
 logger = logging.getLogger("ray.serve")
@@ -60,48 +59,34 @@ class Changes:
             Conflict: The version is there, with other rules.
             Stale: The task is not as `if_match` says.
             NotReady: No model replica can check them.
-            Unsure: The store did not answer; the staging stays, for whoever clears up later.
+            Unsure: The store did not answer; the staging stays, for upkeep to clear up.
         """
         try:
-            told = await self._publish(task, staging, source, by, activate, if_match)
-        except Unsure:
+            facts = await checked(self._effects.check(task, staging, {}))
+        except Exception:
+            await discard(self._store, staging)
             raise
-        except BaseException:
-            await asyncio.to_thread(self._store.discard, staging)
-            raise
-        await asyncio.to_thread(self._store.discard, staging)
-        return told
-
-    async def _publish(
-        self, task: str, staging: str, source: str, by: str, activate: bool, if_match: int | None
-    ) -> dict[str, Any]:
-        facts = await checked(self._effects.check(task, staging, {}))
         version, now_s = facts["version"], datetime.now(UTC).timestamp()
-        made: dict[str, PutBack] = {}
+        known = False
 
         def added(seen: int | None) -> Transition:
             return lambda snapshot: state.add_version(
                 snapshot, task, version, source, by, now_s, activate=activate, if_match=seen
             )
 
-        async def place(record: TaskRecord | None) -> None:
+        async def place(record: TaskRecord | None, folders: Folders) -> None:
+            nonlocal known
             if record is not None and (record.deleted or version in record.doomed):
                 raise NotReady(f"{task}@{version} is being deleted; try again in a few seconds")
             known = record is not None and version in record.versions
-            await asyncio.to_thread(publish_staged, self._store, staging, task, version, known)
-            if known:
-                made.pop(version, None)  # another cluster has written it since the first draft
-            else:
-                made[version] = lambda: asyncio.to_thread(
-                    self._store.publish, staging, task, version
-                )
+            await asyncio.to_thread(give_way, self._store, staging, task, version, known)
+            await folders.make(version, staging, known=known)
 
         what = {"publish": version, "source": source, "activate": activate}
         record = await self._change(
-            task, added, by=by, what=what, if_match=if_match, made=made, place=place
+            task, added, by=by, what=what, if_match=if_match, staging=staging, place=place
         )
-        created = version in made
-        return {**await self._told(task, record), "version": version, "created": created}
+        return {**await self._told(task, record), "version": version, "created": not known}
 
     async def patch(
         self, task: str, patch: TaskPatch, *, by: str, if_match: int | None
@@ -157,7 +142,7 @@ class Changes:
         return await self._told(task, record)
 
     async def _delete_task(self, task: str, by: str, if_match: int | None) -> dict[str, Any]:
-        async with self._ledger.turns[task]:
+        async with self._ledger.turn(task):
             try:
                 await asyncio.to_thread(self._store.look, task)
                 has_folder = True
@@ -175,13 +160,20 @@ class Changes:
             )
             record = self._ledger.snapshot.tasks[task]
             if has_folder:
-                # At once, since what is dropped there from now on is a new task.
-                await asyncio.to_thread(self._store.remove, task, None)
-                emptied = await self._ledger.commit(
-                    lambda s: state.folder_removed(s, task), by=by, task=task, what={"purged": "…"}
-                )
-                record = emptied.tasks.get(task, record)
+                record = await self._empty(task, record, by)
         return await self._told(task, record)
+
+    async def _empty(self, task: str, record: TaskRecord, by: str) -> TaskRecord:
+        """Remove a deleted task's plain folder at once: what comes there later is a new task."""
+        try:
+            await asyncio.to_thread(self._store.remove, task, None)
+        except AdapterError as error:  # the task is deleted all the same
+            logger.warning("task=%s its folder is removed later: %s", task, error)
+            return record
+        emptied = await self._ledger.commit(
+            lambda s: state.folder_removed(s, task), by=by, task=task, what={"purged": "…"}
+        )
+        return emptied.tasks.get(task, record)
 
     async def _change(
         self,
@@ -192,8 +184,8 @@ class Changes:
         what: dict[str, Any],
         if_match: int | None,
         golden: bool = True,
-        made: dict[str, PutBack] | None = None,
-        place: Callable[[TaskRecord | None], Awaitable[None]] | None = None,
+        staging: str | None = None,
+        place: Callable[[TaskRecord | None, Folders], Awaitable[None]] | None = None,
     ) -> TaskRecord:
         """Draft, make ready and write a change; of one that is refused nothing stays.
 
@@ -204,41 +196,33 @@ class Changes:
             what: What is changed, for the history.
             if_match: The etag that the task must have.
             golden: Whether golden answers are asked for.
-            made: Versions whose folders this change has made, and what makes one again.
-            place: Awaited with the record before each draft; with one a task need not exist.
+            staging: What the change is made of; it goes.
+            place: Awaited with the record before each draft, and with what makes folders; with one
+                a task need not exist.
         """
-        made = {} if made is None else made
-        async with self._ledger.turns[task]:
-            try:
-                for _ in range(_TRIES):
-                    record = self._ledger.snapshot.tasks.get(task)
-                    _match(task, record, if_match)
-                    found = await self._found(task, by, place is None) if record is None else None
-                    if place is not None:
-                        await place(record)
-                    transition = _whole(own, record, found)
-                    await self._ready(task, record, found, transition, golden)
-                    if found is not None and found.version not in made:
-                        copied = functools.partial(self._adoption.copy, task, found.version)
-                        await copied()
-                        made[found.version] = copied
-                    try:
-                        written = await self._ledger.commit(transition, by=by, task=task, what=what)
-                    except Stale:
-                        if if_match is not None:
-                            raise
-                        continue
-                    for version, put_back in made.items():
-                        await ensure_there(self._store, task, version, put_back)
-                    return written.tasks[task]
-                raise NotReady(f"task {task!r} changes all the time; try again in a second")
-            except Unsure:
-                raise
-            except (RequestError, AdapterError):
-                for version, put_back in made.items():
-                    if await withdraw(self._ledger, self._store, task, version, put_back):
-                        await self._effects.forget(task, version)
-                raise
+        stagings = () if staging is None else (staging,)
+        async with (
+            self._ledger.turn(task),
+            Folders(self._ledger, self._store, self._effects, task, *stagings) as folders,
+        ):
+            for _ in range(_TRIES):
+                record = self._ledger.snapshot.tasks.get(task)
+                _match(task, record, if_match)
+                found = await self._found(task, by, place is None) if record is None else None
+                if place is not None:
+                    await place(record, folders)
+                transition = _whole(own, record, found)
+                await self._ready(task, record, found, transition, golden)
+                if found is not None and found.version not in folders:
+                    await self._adoption.copy(task, found.version, folders)
+                try:
+                    written = await self._ledger.commit(transition, by=by, task=task, what=what)
+                except Stale:
+                    if if_match is not None:
+                        raise
+                    continue
+                return written.tasks[task]
+            raise NotReady(f"task {task!r} changes all the time; try again in a second")
 
     async def _found(self, task: str, by: str, must: bool) -> Found | None:
         """Look at the plain folder of a task without a record; there need not be one to publish."""

@@ -122,7 +122,7 @@ class Catalog:
 
     async def report(self, counted: list[dict[str, Any]]) -> None:
         """Take what an ingress counted since it last told."""
-        self._usage.add(USAGES.validate_python(counted))
+        self._usage.add(USAGES.validate_python(counted), self._ledger.snapshot)
 
     async def usage(self, tasks: list[str]) -> dict[str, Any]:
         """Return what was counted of some tasks, by version."""

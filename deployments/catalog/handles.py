@@ -13,7 +13,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.catalog.ingresses import Ingresses
-from deployments.errors import NotReady
+from deployments.errors import BadInput, NotReady, RequestError
 from deployments.internals import is_dead, running_replicas
 from deployments.rows import Facts
 
@@ -22,6 +22,9 @@ _INGRESS = "Ingress"
 _REACH_S = 5.0
 # How long a model replica may take to load a version.
 _MODEL_S = 60.0
+# How long an ingress may run a version's golden answers. With the rest of a change it is less than
+# the ingress that asked for the change waits.
+_GOLDEN_S = 150.0
 
 
 class Others:
@@ -68,8 +71,12 @@ class Others:
 
     async def golden(self, task: str, version: str, rules: dict[str, Any]) -> list[str]:
         """Have an ingress run a version's golden answers."""
+        late = BadInput(
+            f"the golden.jsonl of {task}@{version} takes more than {_GOLDEN_S:.0f} s to run; "
+            "give it fewer lines"
+        )
         problems: list[str] = await _ask(
-            lambda: self._ingress.try_golden.remote(task, version, rules)
+            lambda: self._ingress.try_golden.remote(task, version, rules), _GOLDEN_S, late
         )
         return problems
 
@@ -95,12 +102,19 @@ class Others:
         return answers
 
 
-async def _ask(call: Callable[[], Awaitable[Any]]) -> Any:
-    """Ask one replica, and once more if it is lost under the call."""
+async def _ask(
+    call: Callable[[], Awaitable[Any]],
+    wait_s: float = _MODEL_S,
+    late: RequestError | None = None,
+) -> Any:
+    """Ask one replica for so long, and once more if it is lost under the call; `late` is raised."""
     for attempt in (1, 2):
         try:
-            return await asyncio.wait_for(_awaited(call), _MODEL_S)
-        except (BackPressureError, DeploymentUnavailableError, TimeoutError):
+            return await asyncio.wait_for(_awaited(call), wait_s)
+        except TimeoutError:
+            told = f"no replica has answered within {wait_s:.0f} s; try again in a second"
+            raise late or NotReady(told) from None
+        except (BackPressureError, DeploymentUnavailableError):
             raise NotReady("no replica could be asked; try again in a second") from None
         except RayActorError:
             if attempt == 2:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
+from weakref import WeakValueDictionary
 
 import orjson
 
@@ -35,13 +35,16 @@ class Ledger:
         self._reading = ThreadPoolExecutor(1, "history")
         self._num_readers = 0
         self.feed = Feed(writer.snapshot)
-        # Of a task: changes to it are drafted, made ready and written one after the other.
-        self.turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._turns = WeakValueDictionary[str, asyncio.Lock]()  # as long as somebody has it
 
     @property
     def snapshot(self) -> Snapshot:
         """The newest that this process knows."""
         return self._writer.snapshot
+
+    def turn(self, task: str) -> asyncio.Lock:
+        """Return what lets changes to a task be drafted, made ready and written one by one."""
+        return self._turns.setdefault(task, asyncio.Lock())
 
     async def commit(
         self,

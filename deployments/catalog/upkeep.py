@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import math
 import secrets
@@ -17,7 +16,7 @@ from deployments.catalog import state
 from deployments.catalog.adoption import Adoption
 from deployments.catalog.effects import Effects
 from deployments.catalog.ledger import Ledger
-from deployments.catalog.publication import withdraw
+from deployments.catalog.publication import ensure_there, withdraw
 from deployments.catalog.usage import UsageSums
 from deployments.snapshot import Snapshot, TaskRecord
 
@@ -160,10 +159,10 @@ class Upkeep:
         """Remove what publications left behind whose process has died."""
         for staging, task, version in await asyncio.to_thread(self._store.unfinished, _DEAD_S):
             if task is not None and version is not None:
-                put_back = functools.partial(
-                    asyncio.to_thread, self._store.publish, staging, task, version
-                )
-                await withdraw(self._ledger, self._store, task, version, put_back)
+                gone = await withdraw(self._ledger, self._store, task, version, staging)
+                record = self._ledger.snapshot.tasks.get(task)
+                if not gone and record is not None and version in record.versions:
+                    await ensure_there(self._store, task, version, staging)
             await asyncio.to_thread(self._store.discard, staging)
             logger.warning("staging=%s was left unfinished, and is removed", staging)
 

@@ -15,14 +15,35 @@ from deployments.usage import Usage
 _LEAST_ROWS = 20
 # What ingresses tell so long after a changed share, they may have counted before it.
 _LATE_S = 2.0
+# Of a version that has a share long since, so many of its last rows say how it does, or up to twice
+# as many. Rows, and not a time: a task that is seldom asked is judged as well.
+_WINDOW_ROWS = 1000
 
 
 @dataclass(slots=True)
 class _Sum(Usage):
-    # Since the version got its share, or lost it.
-    trial_rows: int = 0
-    trial_errors: int = 0
+    # Rows and errors since the version got its share, or lost it: when there are many, those before
+    # the newest thousand are let go.
+    newer: tuple[int, int] = (0, 0)
+    older: tuple[int, int] = (0, 0)
     trial_from_s: float = 0.0
+
+    def try_from(self, begin_s: float) -> None:
+        """Forget what was tried, and begin anew at a time."""
+        self.newer = self.older = (0, 0)
+        self.trial_from_s = begin_s
+
+    def try_more(self, num_rows: int, num_errors: int) -> None:
+        """Count rows that were tried."""
+        rows, errors = self.newer
+        self.newer = (rows + num_rows, errors + num_errors)
+        if self.newer[0] >= _WINDOW_ROWS:
+            self.newer, self.older = (0, 0), self.newer
+
+    @property
+    def tried(self) -> tuple[int, int]:
+        """The rows that count, and the errors among them."""
+        return self.newer[0] + self.older[0], self.newer[1] + self.older[1]
 
 
 class UsageSums:
@@ -33,17 +54,19 @@ class UsageSums:
         self._clock = clock
         self._sums: defaultdict[str, dict[str, _Sum]] = defaultdict(dict)
 
-    def add(self, counted: Iterable[Usage]) -> None:
-        """Add what an ingress counted since it last told."""
+    def add(self, counted: Iterable[Usage], snapshot: Snapshot) -> None:
+        """Add what an ingress counted since it last told, of what is not deleted meanwhile."""
         for usage in counted:
+            record = snapshot.tasks.get(usage.task)  # None of a plain folder
+            if record is not None and (record.deleted or usage.version not in record.versions):
+                continue
             total = self._of(usage.task, usage.version)
             total.add(usage)
             if self._clock() >= total.trial_from_s:
-                total.trial_rows += usage.num_rows
-                total.trial_errors += usage.num_errors
+                total.try_more(usage.num_rows, usage.num_errors)
 
     def changed(self, old: Snapshot, new: Snapshot) -> None:
-        """Begin new trials where shares changed, and forget versions that are gone."""
+        """Begin new trials where shares or the rate changed; forget versions that are gone."""
         for task in old.tasks.keys() | new.tasks.keys():
             before, now = old.tasks.get(task), new.tasks.get(task)
             if before is now:
@@ -54,11 +77,10 @@ class UsageSums:
             sums = self._sums[task]
             for version in sums.keys() - now.versions.keys():
                 del sums[version]
+            rated_anew = before is None or before.max_error_rate != now.max_error_rate
             for version, share in now.traffic.items():
-                if before is None or before.traffic.get(version) != share:
-                    total = self._of(task, version)
-                    total.trial_rows = total.trial_errors = 0
-                    total.trial_from_s = self._clock() + _LATE_S
+                if rated_anew or before is None or before.traffic.get(version) != share:
+                    self._of(task, version).try_from(self._clock() + _LATE_S)
 
     def failing(self, snapshot: Snapshot) -> Iterator[tuple[str, str, str]]:
         """Yield (task, version, reason) of every version whose share has to go back."""
@@ -66,15 +88,12 @@ class UsageSums:
             if record.max_error_rate is None or record.deleted:
                 continue
             for version in record.traffic:
-                total = self._of(task, version)
-                if total.trial_rows < _LEAST_ROWS:
-                    continue
-                rate = total.trial_errors / total.trial_rows
-                if rate > record.max_error_rate:
+                num_rows, num_errors = self._of(task, version).tried
+                if num_rows >= _LEAST_ROWS and num_errors / num_rows > record.max_error_rate:
                     yield (
                         task,
                         version,
-                        f"{total.trial_errors} of {total.trial_rows} rows failed, over "
+                        f"{num_errors} of {num_rows} rows failed, over "
                         f"max_error_rate {record.max_error_rate:g}",
                     )
 

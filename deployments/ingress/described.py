@@ -89,6 +89,8 @@ class Described:
             self._said[task] = left
         else:
             self._said.pop(task, None)
+        for name in [name for name in self._flights if name[0] == task and name[1] not in kept]:
+            del self._flights[name]  # it answers those that wait, and nobody after them
 
     async def _ask(self, task: str, version: str, rules: dict[str, Any], key: _Key) -> Facts:
         said: Facts | _Failed
@@ -96,13 +98,15 @@ class Described:
             said = await self._describe(task, version, rules)
         except AdapterError as error:
             said = _Failed(_as_new(error), time.monotonic() + self._retry_s)
-        self._said.setdefault(task, {})[key] = said
+        if self._flights.get((task, key)) is asyncio.current_task():
+            self._said.setdefault(task, {})[key] = said
         if isinstance(said, _Failed):
             raise _as_new(said.error)
         return said
 
     def _landed(self, name: tuple[str, _Key], flight: asyncio.Task[Facts]) -> None:
-        del self._flights[name]
+        if self._flights.get(name) is flight:
+            del self._flights[name]
         if not flight.cancelled():
             flight.exception()  # seen here, so that a flight that nobody waits for is no warning
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from adapters.errors import AdapterError
+from adapters.errors import AdapterError, BankFull
 from deployments.errors import BadInput, ReplicasLost, RequestError, TooLate
 from deployments.ingress.calls import AskModel
 from deployments.ingress.door import Visit
@@ -115,7 +115,8 @@ class Predictor:
                 run = await self._run(choice, request, visit, ask)
                 break
             except AdapterError as error:
-                if not self._tasks.is_outdated(choice):
+                # That others are pinned in all the room there is, is no version's fault.
+                if not self._tasks.is_outdated(choice) and not isinstance(error, BankFull):
                     self._count_failed(choice, request)
                 choice = self._tasks.instead(choice, error, routing_key)
         if run.facts["problem_type"] == "token_classification":

@@ -178,6 +178,29 @@ def test_no_more_is_asked_for_than_is_needed(
     assert len(proxy.requests) == {"s3": 1, "gs": 2}[cloud.scheme]  # gcsfs makes sure
 
 
+def test_a_history_of_any_length_is_not_listed(
+    proxy: Proxy, cloud: Cloud, store: Store, put: Put, contents: Contents,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("adapters.listing._PAGE", 20)
+    tasks = ["0", "catalo", "catalog-2", "catalog.x", "catalog0", "mood"]
+    for task in tasks:
+        put(task, contents())
+    before = store.folders()
+    assert sorted(before) == store.tasks() == tasks
+    for number in range(200):
+        cloud.put(f"s/catalog/history/{number}.json", b"{}")
+    for number in range(50):
+        cloud.put(f"s/.staging/{number:032x}/files/task.json", b"{}")
+    proxy.requests.clear()
+    assert store.folders() == before
+    assert store.tasks() == tasks
+    assert len(proxy.requests) <= 2 * 4, "a page of each, and what is behind"
+    put("mood", contents(2))
+    changed = store.folders()
+    assert {task for task in tasks if changed[task] != before[task]} == {"mood"}
+
+
 @pytest.mark.parametrize("name", ["adapter_config.json", "task.json"])
 def test_a_file_of_absurd_size_is_never_fetched(
     proxy: Proxy, store: Store, put: Put, contents: Contents, name: str

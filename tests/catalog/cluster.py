@@ -77,7 +77,9 @@ class Cluster:
         self.replicas = Replicas(self.store)
         adoption = Adoption(self.ledger, self.store, self.replicas)
         self.changes = Changes(self.ledger, self.store, self.replicas, adoption)
-        self.upkeep = upkeep.Upkeep(self.ledger, usage, self.store, self.replicas, adoption)
+        self.upkeep = upkeep.Upkeep(
+            self.ledger, usage, self.store, self.replicas, adoption, scan_every_s=0.75
+        )
 
     async def publish(self, task: str, number: int, **given: Any) -> dict[str, Any]:
         files = {CONFIG: io.BytesIO(b"{}"), WEIGHTS: io.BytesIO(content(number))}
@@ -142,7 +144,9 @@ class Client:
                 given = {"by": cluster.name, "if_match": if_match}
                 told = await cluster.changes.rollback(task, **given)
             else:
-                version = chance.choice([*record.versions]) if kind == "delete" else None
+                # Of those that can be deleted, so that some are purged however the race goes.
+                idle = sorted(record.versions.keys() - record.in_use) or [*record.versions]
+                version = chance.choice(idle) if kind == "delete" else None
                 told = await cluster.delete(task, version, if_match)
         except (RequestError, AdapterError) as error:
             return {"refused": type(error).__name__, "stale": isinstance(error, Stale)}

@@ -1,6 +1,7 @@
 """Changes over a real store and a real journal; the replicas are one that computes nothing."""
 
 import asyncio
+import gc
 import io
 import shutil
 import statistics
@@ -17,10 +18,11 @@ from adapters.errors import (
     AdapterIncomplete,
     AdapterRefused,
     BankFull,
+    StoreUnreachable,
     TaskNotFound,
     VersionNotFound,
 )
-from adapters.store import CONFIG, WEIGHTS
+from adapters.store import CONFIG, WEIGHTS, digest
 from deployments.catalog import state
 from deployments.catalog.adoption import Adoption
 from deployments.catalog.changes import Changes
@@ -28,7 +30,7 @@ from deployments.catalog.ledger import Ledger
 from deployments.catalog.upkeep import Upkeep
 from deployments.catalog.usage import UsageSums
 from deployments.catalog.writer import Writer
-from deployments.errors import BadInput, Conflict, NotReady, Stale
+from deployments.errors import BadInput, Conflict, NotReady, Stale, Unsure
 from deployments.snapshot import Snapshot, TaskPatch, TaskRecord
 
 
@@ -42,10 +44,12 @@ class Replicas:
         self.away = False
         self.waiting_for: list[str] = []
         self.room = 99
+        self.faults: dict[str, Exception] = {}  # what is asked -> raised
         self.meanwhile: Callable[[], Any] | None = None
 
     async def check(self, task: str, staging: str | None, rules: dict[str, Any]) -> Any:
         self.asked.append(("check", task, staging is None))
+        self._fail("check")
         if self.away:
             raise NotReady("no model replica is running")
         read = self.store.read if staging is None else self.store.read_staged
@@ -56,12 +60,14 @@ class Replicas:
 
     async def describe(self, task: str, version: str, rules: dict[str, Any]) -> Any:
         self.asked.append(("describe", task, version, rules))
+        self._fail("describe")
         if rules.get("labels") == ["wrong"]:
             raise AdapterRefused(task, ["1 label is named, the head has 2"])
         return {"version": self.store.read(task, version).version}
 
     async def warm(self, task: str, *versions: str) -> None:
         self.asked.append(("warm", task, *versions))
+        self._fail("warm")
         if len(versions) > self.room:
             raise BankFull(f"{task}@{versions[-1]}", self.room)
         if self.meanwhile is not None:
@@ -73,7 +79,12 @@ class Replicas:
 
     async def golden(self, task: str, version: str, rules: dict[str, Any]) -> list[str]:
         self.asked.append(("golden", task, version))
+        self._fail("golden")
         return self.problems
+
+    def _fail(self, what: str) -> None:
+        if what in self.faults:
+            raise self.faults[what]
 
     async def reach(self, revision: int) -> list[str]:
         self.asked.append(("reach", revision))
@@ -134,6 +145,10 @@ def content(number: int) -> bytes:
     """An empty safetensors file; another number makes another version."""
     header = b'{"__metadata__":{"n":"%d"}}' % number
     return len(header).to_bytes(8, "little") + header
+
+
+def unreachable(*_: object) -> Any:
+    raise StoreUnreachable("the store", "it is away")
 
 
 @pytest.fixture
@@ -206,7 +221,9 @@ async def test_what_a_dead_publication_left_gives_way_to_the_next(world: World) 
     assert world.store.read("mood", version).contents["task.json"] == files["task.json"]
 
 
-@pytest.mark.parametrize("wrong", ["check", "golden", "stale"])
+@pytest.mark.parametrize(
+    "wrong", ["check", "golden", "stale", "check breaks", "describe breaks", "warm breaks"]
+)
 async def test_what_is_refused_leaves_nothing(world: World, wrong: str) -> None:
     if wrong == "check":
         with pytest.raises(BadInput, match=r"config is bad.*weights are worse"):
@@ -215,14 +232,104 @@ async def test_what_is_refused_leaves_nothing(world: World, wrong: str) -> None:
         world.replicas.problems = ["line 3 misses by 0.5"]
         with pytest.raises(BadInput, match="line 3 misses"):
             await world.publish(1)
-    else:
+    elif wrong == "stale":
         with pytest.raises(Stale):
             await world.publish(1, if_match=7)
+    else:
+        what = wrong.partition(" ")[0]
+        world.replicas.faults[what] = RuntimeError("it is broken")
+        with pytest.raises(RuntimeError, match="it is broken"):
+            await world.publish(1)
+        world.replicas.faults.clear()
     assert world.files() == []
+    await world.adoption.scan()
     asked = world.replicas.asked
     assert [one[0] for one in asked if one[0] in ("warm", "forget")][-1:] != ["warm"]
     with pytest.raises(KeyError):
         _ = world.record
+
+
+async def test_what_cannot_be_taken_back_now_is_seen_by_nobody_and_taken_back_later(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.drop("mood", 1)
+    before = world.files()
+    world.replicas.problems = ["line 3 misses by 0.5"]
+    with monkeypatch.context() as away:
+        away.setattr(world.store, "remove", unreachable)
+        with pytest.raises(Unsure, match=r"line 3 misses.*are removed later"):
+            await world.publish(2, activate=True)
+    world.replicas.problems = []
+    await world.adoption.scan()
+    assert world.ledger.snapshot.tasks == {}
+    monkeypatch.setattr("deployments.catalog.upkeep._DEAD_S", -1.0)
+    await world.upkeep._clear_unfinished()
+    assert world.files() == before
+
+
+async def test_a_change_that_is_written_is_answered_when_its_staging_cannot_be_removed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as away:
+        away.setattr(world.store, "discard", unreachable)
+        told = await world.publish(1)
+    assert told["created"]
+    assert world.record.active == told["version"]
+    assert world.store.unfinished() != []
+    monkeypatch.setattr("deployments.catalog.upkeep._DEAD_S", -1.0)
+    await world.upkeep._clear_unfinished()
+    assert world.files() == [f"mood/{told['version']}/{name}" for name in (CONFIG, WEIGHTS)]
+
+
+async def test_a_version_that_is_written_and_lost_its_files_is_unsure_and_gets_them_back(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other cluster removes the folder, and the store is away when that is found out."""
+    commit, publish = world.ledger.commit, world.store.publish
+
+    async def lost(*args: Any, **kwargs: Any) -> Snapshot:
+        written = await commit(*args, **kwargs)
+        world.store.remove("mood", world.ledger.snapshot.tasks["mood"].active)
+        monkeypatch.setattr(world.store, "publish", unreachable)
+        return written
+
+    monkeypatch.setattr(world.ledger, "commit", lost)
+    with pytest.raises(Unsure, match="is written, but its files may be missing"):
+        await world.publish(1)
+    monkeypatch.setattr(world.store, "publish", publish)
+    monkeypatch.setattr("deployments.catalog.upkeep._DEAD_S", -1.0)
+    await world.upkeep._clear_unfinished()
+    version = world.record.active
+    assert world.store.read("mood", version).version == version
+    assert world.store.unfinished() == []
+
+
+async def test_a_deletion_that_is_written_is_answered_when_the_folder_cannot_be_removed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.catalog.upkeep._GRACE_S", 0.0)
+    world.drop("mood", 1)
+    with monkeypatch.context() as away:
+        away.setattr(world.store, "remove", unreachable)
+        told = await world.changes.delete("mood", None, by="us", if_match=None)
+    assert told["everywhere"]
+    assert world.record.deleted
+    await world.upkeep._purge()
+    assert world.files() == []
+
+
+async def test_a_refused_upload_leaves_a_folder_that_a_person_put_there(world: World) -> None:
+    await world.publish(1)
+    version = digest({CONFIG: b"{}", WEIGHTS: content(2)})
+    world.drop("mood", 2, version)
+    before = world.files()
+    world.replicas.problems = ["line 3 misses"]
+    with pytest.raises(BadInput):
+        await world.publish(2, activate=True)
+    assert world.files() == before
+    world.replicas.problems = []
+    told = await world.publish(2)
+    assert (told["version"], told["created"]) == (version, True)
 
 
 async def test_rules_are_checked_against_all_versions_in_use(world: World) -> None:
@@ -423,6 +530,14 @@ async def test_forty_patches_at_once_all_hold_without_if_match(world: World) -> 
     assert sorted(one["revision"] for one in told) == list(range(2, 42))
 
 
+async def test_a_name_that_was_tried_once_is_not_remembered(world: World) -> None:
+    for number in range(100):
+        with pytest.raises(TaskNotFound):
+            await world.changes.delete(f"no-{number}", None, by="us", if_match=None)
+    gc.collect()
+    assert len(world.ledger._turns) == 0
+
+
 async def test_what_a_caller_read_of_a_plain_folder_holds_for_an_upload(world: World) -> None:
     world.drop("mood", 1)
     told = await world.publish(2, if_match=0)
@@ -555,6 +670,44 @@ async def test_a_changed_folder_is_taken_in_and_active_if_it_was(world: World) -
     assert len(world.record.versions) == 3
 
 
+async def test_a_changed_folder_that_misses_its_golden_answers_leaves_no_version(
+    world: World,
+) -> None:
+    folder = world.drop("mood", 1)
+    await world.patch(pinned=True)
+    first = world.record
+    (folder / WEIGHTS).write_bytes(content(2))
+    before = world.files()
+    world.replicas.problems = ["line 3 misses"]
+    for _ in range(4):
+        await world.adoption.scan()
+    world.replicas.problems = []
+    for _ in range(4):
+        await world.adoption.scan()
+    assert world.record == first
+    assert world.files() == before
+
+
+async def test_a_refused_folder_keeps_no_version_out_and_is_checked_once(world: World) -> None:
+    versions = [digest({CONFIG: b"{}", WEIGHTS: content(number)}) for number in range(2)]
+    (world.drop("mood", 7) / CONFIG).write_text('{"bad": 1}')
+    for number, version in enumerate(versions):
+        world.drop("mood", number, version)
+    world.drop("mood", 1, "0" * 8)  # never taken, so that each scan tries again
+    world.replicas.faults["describe"] = NotReady("no model replica is running")
+    for _ in range(3):
+        await world.adoption.scan()
+    assert world.replicas.asked.count(("check", "mood", True)) == 1
+    world.replicas.faults.clear()
+    for _ in range(3):
+        await world.adoption.scan()
+    assert set(world.record.versions) == set(versions)
+    (world.root / "mood" / CONFIG).write_text("{}")
+    for _ in range(3):
+        await world.adoption.scan()
+    assert world.record.folder == world.store.read("mood").version
+
+
 async def test_a_folder_is_looked_at_when_its_mark_is_another_one(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -627,8 +780,6 @@ async def test_of_two_thousand_tasks_a_changed_folder_answers_within_two_seconds
 
 
 async def test_version_folders_that_lie_there_are_taken_in(world: World) -> None:
-    from adapters.store import digest
-
     versions = [digest({CONFIG: b"{}", WEIGHTS: content(number)}) for number in range(3)]
     for number, version in enumerate(versions):
         world.drop("mood", number, version)
@@ -666,7 +817,8 @@ async def test_a_version_that_fails_too_often_loses_its_share(world: World) -> N
     second = (await world.publish(2))["version"]
     await world.patch(traffic={second: 0.5}, max_error_rate=0.1)
     world.usage._clock = lambda: float("inf")
-    world.usage.add([Usage(task="mood", version=second, num_rows=40, num_errors=10)])
+    counted = [Usage(task="mood", version=second, num_rows=40, num_errors=10)]
+    world.usage.add(counted, world.ledger.snapshot)
     await world.upkeep._watch()
     assert world.record.traffic == {}
     (last, *_), _ = await world.ledger.history(task="mood", before=None, limit=10)

@@ -128,7 +128,10 @@ async def test_a_fallback_names_itself_and_what_it_is_for(
     assert (answer["version"], answer["fallback_for"]) == (B, A)
     assert answer["results"] == [{"prediction": "yes"}]
     counted = {usage.version: usage for usage in predictor.tally.take()}
-    assert (counted[A].num_rows, counted[A].num_errors) == (1, 1)
+    if isinstance(error, BankFull):  # no version's fault
+        assert A not in counted
+    else:
+        assert (counted[A].num_rows, counted[A].num_errors) == (1, 1)
     assert (counted[B].num_rows, counted[B].num_errors) == (1, 0)
 
 
