@@ -30,6 +30,9 @@ _LEAVING_S = 0.5
 # A replica is replaced when three checks in a row have failed. A check asks no more than what its
 # event loop knows; the timeout is for one that does not turn at all.
 _HEALTH_PERIOD_S, _HEALTH_TIMEOUT_S = 1.0, 5.0
+# What a YAML says lies over this. Without it, Serve would tell nobody that a YAML does not say
+# anything any more, and replicas that start later would differ from those that run.
+_USER_CONFIG: dict[str, Any] = {}
 
 
 def build(args: Args) -> Application:
@@ -60,6 +63,7 @@ def build(args: Args) -> Application:
         health_check_period_s=_HEALTH_PERIOD_S,
         health_check_timeout_s=_HEALTH_TIMEOUT_S,
         ray_actor_options=actor_options,
+        user_config=_USER_CONFIG,
         # The ingress has placed the rows; it names the replica.
         request_router_config=RequestRouterConfig(**_ROUTER),
         logging_config=_LOGGING,
@@ -79,6 +83,7 @@ def build(args: Args) -> Application:
     ingress = serve.deployment(
         name="Ingress",
         max_ongoing_requests=_MAX_ONGOING,
+        user_config=_USER_CONFIG,
         graceful_shutdown_wait_loop_s=_LEAVING_S,
         logging_config=_LOGGING,
     )(serve.ingress(None)(Ingress))

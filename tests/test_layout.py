@@ -17,7 +17,7 @@ FILES = sorted(
     for path in (ROOT / folder).rglob("*.py")
 )
 # Ray Serve pickles them into every process that calls a deployment, which may have none of ours.
-PICKLED = ("router.py",)
+PICKLED = ("router.py", "scaling.py")
 every_file = pytest.mark.parametrize("path", FILES, ids=str)
 
 

@@ -17,7 +17,7 @@ from deployments.config import Args, ConfigError, admin_token, tokenize_without_
 from deployments.errors import INTERNAL, NotReady, to_problem
 from deployments.ingress.access import Access
 from deployments.ingress.admin import add_change_routes
-from deployments.ingress.door import check_timeout, to_deadline
+from deployments.ingress.door import check_timeout, to_deadline, until
 from deployments.ingress.fanout import FanOut
 from deployments.ingress.folders import Folders
 from deployments.ingress.golden import try_golden
@@ -156,9 +156,10 @@ class Ingress:
             RuntimeError: The task's adapter, or the model, is not available, or has too much to do.
         """
         try:
-            await self._catch_up()
             request = to_request(texts, return_scores=return_scores, threshold=threshold)
             deadline_s = to_deadline(check_timeout(timeout_s))
+            async with until(deadline_s):
+                await self._catch_up()
             return await self._predictor.predict(task, request, routing_key, deadline_s)
         except Exception as error:
             raise _builtin(error, f"predict({task!r})") from None
@@ -188,11 +189,12 @@ class Ingress:
             RuntimeError: The store is not available. What fails for a task is in its answer.
         """
         try:
-            await self._catch_up()
             request = to_many_request(
                 tasks, texts, return_scores=return_scores, threshold=threshold
             )
             deadline_s = to_deadline(check_timeout(timeout_s))
+            async with until(deadline_s):
+                await self._catch_up()
             return await self._fan_out.predict(request, routing_key, deadline_s)
         except Exception as error:
             raise _builtin(error, "predict_many") from None

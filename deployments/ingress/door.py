@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from types import TracebackType
 
-from deployments.errors import BadInput
+from deployments.errors import BadInput, TooLate
 from deployments.room import Room
 
 TIMEOUT = "X-Request-Timeout-Seconds"
@@ -57,6 +59,22 @@ class Visit:
     ) -> None:
         """Let its rows out."""
         self._room.give_back(self._task, self._num_rows)
+
+
+@asynccontextmanager
+async def until(deadline_s: float | None) -> AsyncIterator[None]:
+    """Run the block until a time by the event loop's clock, without end if it is None.
+
+    Raises:
+        TooLate: It has not ended by then, and was cancelled.
+    """
+    try:
+        async with asyncio.timeout_at(deadline_s) as ends:
+            yield
+    except TimeoutError:
+        if not ends.expired():
+            raise
+        raise TooLate("the deadline passed before there was an answer") from None
 
 
 def to_deadline(timeout_s: float | None) -> float | None:

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from deployments.errors import INTERNAL, BadInput, NoMatch, to_problem
+from deployments.ingress.door import until
 from deployments.ingress.many import ManyRequest, Match
 from deployments.ingress.predict import Predictor
 from deployments.ingress.readings import Readings
@@ -69,10 +70,12 @@ class FanOut:
             BadInput: There are too many tasks, or inputs for all of them, or none.
             NoMatch: No task's name fits the pattern.
             StoreUnreachable: The store was to tell which names there are.
+            TooLate: It did not in time.
         """
         started_s = time.perf_counter()
         self._predictor.check_count(request.inputs)
-        names = await self._names(request.tasks)
+        async with until(deadline_s):
+            names = await self._names(request.tasks)
         self._check_count(names, len(request.inputs))
         readings = Readings(self._predictor.runs, max_rows=self._max_rows // len(names))
         try:

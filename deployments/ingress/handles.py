@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.errors import BatchLoopDied, NotReady, ReplicasLost
 from deployments.ingress.calls import Answers, Encodings
 from deployments.ingress.catalog import CatalogLost
-from deployments.ingress.outbox import CallLost, ReplicaLost
+from deployments.ingress.outbox import CallLost, NotTaken, ReplicaLost
 from deployments.ingress.replicas import Replicas
 from deployments.rows import Facts, Parcel, Reply, Residency
 from deployments.tokens import Vocabulary
@@ -28,7 +28,7 @@ T = TypeVar("T")
 # A change may fetch, check and warm a version first; reading is from memory.
 _CHANGE_S, _READ_S = 300.0, 5.0
 # A replica that died is also told as one that is unavailable, where Ray does not know yet.
-_UNREACHED = (RayActorError, AioRpcError, BackPressureError, DeploymentUnavailableError)
+_UNREACHED = (RayActorError, AioRpcError)
 _AWAY = "the catalog is being started again; try again in a few seconds"
 
 
@@ -75,6 +75,8 @@ class ModelHandle:
             reply: Reply = await call.remote(replica, ingress, heard, parcels, gone)
         except ActorDiedError as error:
             raise ReplicaLost(str(error)) from None
+        except (BackPressureError, DeploymentUnavailableError) as error:
+            raise NotTaken(str(error)) from None
         except _UNREACHED as error:
             raise CallLost(str(error)) from None
         return reply

@@ -35,7 +35,7 @@ class CallLost(Exception):
 
 
 class NotTaken(CallLost):
-    """A call has reached another replica, which took nothing of it."""
+    """Nobody has taken anything of a call."""
 
 
 class Asked(NamedTuple):
@@ -145,14 +145,17 @@ class Outbox:
             self._take_back(sent, error)
             await asyncio.sleep(_PAUSE_S)
         except CallLost as error:
+            self._gone += gone
             await self._doubt(error)
         except asyncio.CancelledError:
             current = asyncio.current_task()
             if current is None or current.cancelling():
                 raise
+            self._gone += gone
             await self._doubt(CallLost("Ray Serve has cancelled a call"))  # nobody here has
         except Exception as error:
             logger.error("a call to a model replica failed", exc_info=error)
+            self._gone += [*gone, *sent]
             for row in self._remove(sent):
                 row.question.fail(error)
             await self._doubt(CallLost(repr(error)))

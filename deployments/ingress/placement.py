@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -12,6 +13,9 @@ from deployments.rows import Residency
 # Load that a replica may have more than another before that one loads a version that would push
 # others out: eight short rows, which share the micro-batch after the one that runs.
 _SLACK = 256
+# A version whose rows would have waited behind others for that, so often within a second, is worth
+# its place on another replica too.
+_OFTEN = 8
 # A replica that could not answer gets rows again after so long, if there is another.
 _SHUNNED_S = 5.0
 # Versions whose order is remembered.
@@ -35,7 +39,8 @@ class Placement:
     has an order of the replicas of its own, by hash, so that all ingresses take the same ones: the
     first in it that holds the version gets its rows, and others only as it fills. While nobody is
     pushed out of a slot, anything more than elsewhere is full; after that it is more than a replica
-    computes in a micro-batch, and copies that are not needed any more leave by their age.
+    computes in a micro-batch, but for a version that is asked for all the time: that one waits
+    behind nobody. Copies that are not needed any more leave by their age.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -43,6 +48,8 @@ class Placement:
         self._replicas: dict[str, _Replica] = {}
         self._clock = clock
         self._orders: dict[str, list[str]] = {}
+        self._waits: Counter[str] = Counter()
+        self._waits_since_s = 0.0
 
     @property
     def names(self) -> Collection[str]:
@@ -143,8 +150,19 @@ class Placement:
         slack = _SLACK if any(replica.crowded for replica in able) else 0
         for replica in holders or ordered:
             if replica.load <= least + slack:
+                if replica.load > least and self._waits_often(version):
+                    break
                 return replica
         return _idlest(ordered)
+
+    def _waits_often(self, version: str) -> bool:
+        """Count that a version would wait behind others; tell if it often does."""
+        now_s = self._clock()
+        if now_s - self._waits_since_s > 1.0:
+            self._waits.clear()
+            self._waits_since_s = now_s
+        self._waits[version] += 1
+        return self._waits[version] > _OFTEN
 
     def _order(self, version: str) -> list[str]:
         """Return all replicas in a version's own order (rendezvous hashing)."""

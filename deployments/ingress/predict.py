@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from adapters.errors import AdapterError, BankFull
-from deployments.errors import BadInput, ReplicasLost, RequestError, TooLate
+from deployments.errors import BadInput, ReplicasLost, RequestError
 from deployments.ingress.calls import AskModel
-from deployments.ingress.door import Visit
+from deployments.ingress.door import Visit, until
 from deployments.ingress.results import Run, to_results
 from deployments.ingress.runs import Runs
 from deployments.ingress.shadow import Shadows
@@ -92,15 +92,8 @@ class Predictor:
         self.check_count(request.inputs)
         choice = self._tasks.choose(task, routing_key)
         with Visit(self._room, task, len(request.inputs), deadline_s) as visit:
-            try:
-                async with asyncio.timeout_at(deadline_s) as ends:
-                    return await self._answer(
-                        choice, request, routing_key, visit, ask or self.runs.run
-                    )
-            except TimeoutError:
-                if not ends.expired():
-                    raise
-                raise TooLate("the deadline passed before there was an answer") from None
+            async with until(deadline_s):
+                return await self._answer(choice, request, routing_key, visit, ask or self.runs.run)
 
     async def _answer(
         self,

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.ingress.door import TIMEOUT, to_deadline
+from deployments.ingress.door import TIMEOUT, to_deadline, until
 from deployments.ingress.predict import Predictor
 from deployments.ingress.wire import PredictRequest
 
@@ -67,7 +67,8 @@ class PredictRoute:
             if asked is not None:
                 deadline_s = to_deadline(asked.timeout_s)
                 if self._before_each is not None:
-                    await self._before_each()
+                    async with until(deadline_s):
+                        await self._before_each()
                 answer = orjson.dumps(
                     await self._predictor.predict(task, asked.request, asked.key, deadline_s)
                 )

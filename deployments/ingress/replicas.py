@@ -28,6 +28,8 @@ _LOOK_EVERY_S, _LOOK_AGAIN_S = 1.0, 0.1
 _PATIENCE_S = 10.0
 # A replica that died or could not answer, and another one.
 _MOST_TRIES = 2
+# Where a call was lost nobody knows whether the replica died, and of what: then one more.
+_MOST_LOST = 3
 _LOST = "the model replica was lost; try again in a second"
 
 
@@ -78,7 +80,7 @@ class Replicas:
             AdapterError: The version cannot be had.
             NotReady: No replica can answer.
         """
-        if self._looking is None:
+        if self._looking is None or self._looking.done():
             self._looking = asyncio.get_running_loop().create_task(
                 self._look(),
                 context=Context(),  # of no request, whose end would be its own
@@ -93,7 +95,8 @@ class Replicas:
         for first in range(0, len(rows), _CHUNK_ROWS):
             chunk = rows[first : first + _CHUNK_ROWS]
             load = sum(row.load for row in chunk)
-            replica = self._placement.place(question.name, load, chunk[0].tried)
+            tried = {name for row in chunk for name in row.tried}
+            replica = self._placement.place(question.name, load, tried)
             if replica is None:
                 self._homeless += chunk
                 self._look_now.set()
@@ -140,10 +143,13 @@ class Replicas:
         for row in rows:
             if isinstance(error, (ReplicaLost, BatchLoopDied, Overloaded)):
                 row = row._replace(tried=(*row.tried, name))
-                given_up = len(row.tried) >= _MOST_TRIES
-            elif isinstance(error, CallLost):  # of which no row is the cause
-                row = row._replace(lost_s=row.lost_s or now_s)
-                given_up = now_s - (row.lost_s or now_s) > _PATIENCE_S
+                given_up = len({*row.tried}) >= _MOST_TRIES
+            elif isinstance(error, CallLost):
+                lost = () if isinstance(error, NotTaken) else (name,)
+                row = row._replace(tried=(*row.tried, *lost), lost_s=row.lost_s or now_s)
+                given_up = (
+                    len({*row.tried}) >= _MOST_LOST or now_s - (row.lost_s or now_s) > _PATIENCE_S
+                )
             else:
                 if isinstance(error, AdapterError):
                     self._placement.missing(name, row.question.name)
@@ -166,6 +172,10 @@ class Replicas:
                 await self._look_once()
             except NotReady:
                 pass
+            except asyncio.CancelledError:
+                current = asyncio.current_task()
+                if current is None or current.cancelling():
+                    raise  # else Ray Serve has cancelled a call, and nobody here has
             except Exception as error:
                 logger.error("the model replicas could not be asked", exc_info=error)
             if self._placement.names:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 
 from deployments.errors import BatchLoopDied, TooLate
-from deployments.model.engine import BadRow, DoesNotFit, EmptySlot
+from deployments.model.engine import BadRow, EmptySlot
+from deployments.model.fitting import DoesNotFit
 from deployments.model.scores import NoNumber
 from deployments.rows import Answer, Prediction
 

@@ -82,6 +82,11 @@ class Budget:
         age_s = time.monotonic() - self._best_at_s
         return self._best * math.exp2(-age_s / _BEST_HALF_LIFE_S)
 
+    @property
+    def last_tokens_per_s(self) -> float:
+        """Tokens a second, padded, of the last forwards, however long ago; 0 before the first."""
+        return max(self._tokens_per_s, default=0.0)
+
     def answered_tokens_per_s(self) -> float:
         """Tokens a second that were answered, without padding, since this was last asked."""
         now_s, num_tokens = time.monotonic(), self._answered

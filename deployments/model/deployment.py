@@ -16,13 +16,15 @@ import torch
 from adapters.documents import open_documents
 from adapters.rules import ProblemType
 from deployments.config import Args, ConfigError
+from deployments.errors import BatchLoopDied
 from deployments.journal import Journal
 from deployments.model.answers import as_data
 from deployments.model.budget import limits, make_planner
 from deployments.model.dynamic_batch import batch_queue, dynamic_batch, enter
-from deployments.model.engine import BadRow, DoesNotFit, make_engine
+from deployments.model.engine import BadRow, make_engine
 from deployments.model.exchange import Exchange, Ways
 from deployments.model.facts import to_facts
+from deployments.model.fitting import DoesNotFit
 from deployments.model.handles import catalog_poll, hot_on_peers, num_nodes, replica_name
 from deployments.model.health import Health
 from deployments.model.memory import take_stock
@@ -32,7 +34,7 @@ from deployments.model.scores import NoNumber
 from deployments.model.slot_writes import SlotWrites
 from deployments.model.threads import forward_threads
 from deployments.model.vocabulary import export_vocabulary, to_pages
-from deployments.model.warmup import warm_up
+from deployments.model.warmup import bring, warm_up
 from deployments.room import Room
 from deployments.rows import Answer, Facts, Parcel, Prediction, Reply, Residency, Row, Tokens
 from deployments.scaling import ANSWERED, QUEUED, SPEED
@@ -44,6 +46,8 @@ logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
 # Versions of its peers that a replica brings into its slots before it takes traffic.
 _MOST_HOT = 256
+# How long they may take together, and how long its first forwards; then Serve starts another one.
+_BRING_S, _FIRST_S = 20.0, 120.0
 
 
 class Model:
@@ -87,9 +91,13 @@ class Model:
         self._exchange = Exchange(replica_name(), ways, self._news, Room(args.max_rows_on_the_way))
         await self._follow_catalog(args)
         await self.residents.load_pinned()
-        await self.residents.bring(await hot_on_peers())
+        await bring(self.residents, await hot_on_peers(), _BRING_S)
         slots = [*self.residents.slots.resident.values()]
-        await self._on_device(warm_up, self.engine, self.planner, slots, self._max_length)
+        try:
+            async with asyncio.timeout(_FIRST_S):
+                await self._on_device(warm_up, self.engine, self.planner, slots, self._max_length)
+        except TimeoutError:
+            raise RuntimeError(f"the first forwards have not ended in {_FIRST_S:.0f} s") from None
         logger.info(
             "base=%s quantization=%s device=%s threads=%d memory: %s",
             args.base_model,
@@ -229,19 +237,21 @@ class Model:
         except DoesNotFit:
             self.planner.note_too_large(lengths)
             raise
-        except torch.AcceleratorError:
+        except torch.AcceleratorError as error:
             # After an illegal access no kernel runs any more.
             self.health.lose("the device does not answer any more")
-            raise
+            raise BatchLoopDied(self.health.problem) from error
         ran = zip(lengths, answers, strict=True)
         self.planner.note([n for n, answer in ran if not isinstance(answer, BadRow)], seconds)
         if any(isinstance(answer, NoNumber) for answer in answers):
             await self._check_base()  # the fault of an adapter or a text, or everybody's?
+            if self.health.problem is not None:
+                raise BatchLoopDied(self.health.problem)
         return answers
 
     async def check_health(self) -> None:
         """Raise if no row can be answered any more, so that Serve replaces this replica."""
-        self.health.check(batch_queue(self.answer), self.planner.tokens_per_s)
+        self.health.check(batch_queue(self.answer), self.planner.last_tokens_per_s)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Tell what `deployments.scaling` goes by."""

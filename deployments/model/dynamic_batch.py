@@ -38,7 +38,7 @@ class BatchQueue:
 
         Args:
             forward: Answers a batch, an answer a row in the same order; an Exception in a row's
-                place fails that row alone.
+                place fails that row alone. If it raises BatchLoopDied, no row is answered any more.
             planner: Limits each batch.
         """
         self._forward = forward
@@ -133,10 +133,15 @@ class BatchQueue:
     async def _answer(self, batch: list[Waiter]) -> None:
         """Run one forward and settle its rows; if it fails whole, try each half by itself."""
         answers: list[Any]
+        batch = [waiter for waiter in batch if not waiter.answer.done()]
+        if not batch:
+            return
         try:
             answers = await self._timed([waiter.row for waiter in batch])
             if len(answers) != len(batch):
                 raise RuntimeError(f"a forward of {len(batch)} rows gave {len(answers)} answers")
+        except BatchLoopDied:
+            raise
         except Exception as error:
             # Which row is at fault is not known, and its neighbours must not share its fate.
             if len(batch) > 1:

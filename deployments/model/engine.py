@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +14,7 @@ from deployments.base import BaseName
 from deployments.config import GIB, Args
 from deployments.model.bank import Packed
 from deployments.model.encoder import Encoder, Logits, default_dtype
+from deployments.model.fitting import fitting
 from deployments.model.quantize import choose
 from deployments.model.scores import to_predictions
 from deployments.model.vocabulary import base_tokenizer
@@ -27,10 +27,6 @@ class BadRow(ValueError):
 
 class EmptySlot(BadRow):
     """A row whose slot holds no adapter, because it could not be written."""
-
-
-class DoesNotFit(MemoryError):
-    """Rows whose forward takes more memory than there is; what it took is free again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +217,9 @@ class Engine:
         # Adapters that are packed alike share a product.
         good.sort(key=lambda index: self.encoder.bank.likeness(rows[index].slot))
         if good:
-            logits = self._answer([rows[index] for index in good])
+            batch = [rows[index] for index in good]
+            with fitting(len(batch) * max(row.num_tokens for row in batch)):
+                logits = self.forward(batch)
             for of_tokens, part in enumerate(logits):
                 chosen = [i for i in good if self._of_tokens(rows[i]) == bool(of_tokens)]
                 if part is not None:
@@ -235,35 +233,16 @@ class Engine:
         """Run rows of the plain base, no adapter with them; tell whether it gives finite numbers.
 
         If it does not, no adapter's answer on this device is worth anything.
+
+        Raises:
+            DoesNotFit: It takes more memory than there is.
         """
         self.encoder.bank.route([0] * num_rows)
         ids = (torch.arange(num_tokens) % (self.num_ids - 1) + 1).repeat(num_rows, 1)
         ids = ids.to(self.device)
-        with torch.inference_mode():
+        with fitting(ids.numel()):
             hidden = self.encoder.model.base_model(ids, attention_mask=torch.ones_like(ids))[0]
-        return bool(hidden.isfinite().all())
-
-    def _answer(self, rows: Sequence[Row]) -> Logits:
-        """Run one forward without gradients; if it does not fit, free what it took, and raise."""
-        try:
-            with torch.inference_mode():
-                return self.forward(rows)
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            # The traceback would keep every layer's tensors while the halves of the batch run.
-            traceback.clear_frames(error.__traceback__)
-            torch.cuda.empty_cache()
-            tokens = len(rows) * max(row.num_tokens for row in rows)
-            what = f"a forward of {tokens} tokens does not fit into memory: {error}"
-            raise DoesNotFit(what) from None
-
-
-def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    """Tell; of a CPU torch says it in words only."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return "DefaultCPUAllocator" in str(error)
+            return bool(hidden.isfinite().all())
 
 
 def make_engine(args: Args) -> Engine:

@@ -50,7 +50,7 @@ class Health:
 
         Args:
             queue: The rows that wait; None before the first one.
-            tokens_per_s: What forwards have done; 0 if that is not known.
+            tokens_per_s: What the last forwards have done; 0 if there was none.
 
         Raises:
             RuntimeError: It says why.

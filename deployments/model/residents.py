@@ -117,18 +117,6 @@ class Residents:
         """Return `task@version` of the residents that were asked for last, the latest first."""
         return list(reversed(self.slots.resident))[:limit]
 
-    async def bring(self, names: Sequence[str]) -> None:
-        """Bring versions into free slots; what cannot be had is left for its first request.
-
-        Args:
-            names: `task@version` of each, the most wanted first.
-        """
-        # The most wanted comes last, so that it is the last to leave if pages do not last.
-        for name in reversed(names[: self.slots.slots_free]):
-            with contextlib.suppress(AdapterError):
-                task, _, version = name.partition("@")
-                await self.warm(task, version)
-
     async def prefetch(self, tasks: Collection[str]) -> None:
         """Bring tasks into host RAM, one after the other, so that other loads need not wait.
 

@@ -10,7 +10,7 @@ import pytest
 from deployments.errors import BatchLoopDied
 from deployments.ingress import outbox
 from deployments.ingress.calls import Question
-from deployments.ingress.outbox import Asked, Outbox, ReplicaLost
+from deployments.ingress.outbox import Asked, CallLost, Outbox, ReplicaLost
 from deployments.rows import Facts, Parcel, Reply
 
 SHORT = 32  # what a short row is to a replica
@@ -159,6 +159,27 @@ async def test_rows_of_a_gone_caller_are_dropped_by_id(box: Box) -> None:
     box.replica.answer()
     assert await stays.answers == [[3.0]]
     assert box.done == 3 * SHORT
+
+
+async def test_word_of_gone_rows_is_sent_again_where_its_call_was_lost(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "_PAUSE_S", 0.0)
+    gone, stays = box.ask(1, 2), box.ask(3)
+    await settle()
+    real, box.replica.travel_s = box.replica.exchange, 0.01
+
+    async def lost(parcels: Sequence[Parcel], gone: Sequence[int]) -> Reply:
+        raise CallLost("the connection broke")
+
+    monkeypatch.setattr(box.outbox, "_exchange", lost)
+    gone.answers.cancel()
+    await settle()
+    assert not box.replica.gone
+    monkeypatch.setattr(box.outbox, "_exchange", real)
+    await asyncio.sleep(0.05)
+    assert {1, 2} <= {*box.replica.gone}
+    stays.answers.cancel()
 
 
 async def test_rows_whose_caller_goes_before_they_leave_never_leave(box: Box) -> None:

@@ -1,5 +1,6 @@
 """Where rows go, without a replica."""
 
+import itertools
 import random
 from collections import Counter, OrderedDict
 
@@ -10,6 +11,7 @@ from deployments.rows import Residency
 
 ROW = 32  # of load
 NUM_REQUESTS = 40_000
+PER_S = 500.0
 
 
 def told(*held: str, number: int = 1, whole: bool = True, crowded: bool = False) -> Residency:
@@ -131,7 +133,8 @@ def test_four_hundred_adapters_over_four_replicas_are_nearly_always_resident(
     weights = [1 / (n + 1) for n in range(400)]
 
     def share_of_misses(placed: bool) -> float:
-        placement = Placement()
+        now_s = itertools.count(step=1 / PER_S)
+        placement = Placement(lambda: next(now_s))
         replicas = {name: Slots(128) for name in ("x", "y", "z", "w")}
         for name in replicas:
             placement.join(name)
@@ -155,7 +158,7 @@ def test_four_hundred_adapters_over_four_replicas_are_nearly_always_resident(
 
 
 @pytest.mark.parametrize("crowded", [True, False])
-@pytest.mark.parametrize("num_loaded", [32, 256])  # rows in flight at a time
+@pytest.mark.parametrize("num_loaded", [4, 8, 32, 256])  # rows in flight at a time
 def test_a_version_that_takes_all_traffic_is_soon_shared_by_all_replicas(
     num_loaded: int, crowded: bool
 ) -> None:
@@ -173,7 +176,8 @@ def test_a_version_that_takes_all_traffic_is_soon_shared_by_all_replicas(
                 answered[name] += 1
                 placement.done(name, ROW)
                 flying[str(placement.place("hot@1", ROW))] += 1
-    assert all(answered[name] == 1000 for name in names)  # none was ever idle
+    # None was ever idle, but for a moment while it was not known to be hot.
+    assert all(answered[name] >= 980 for name in names)
 
 
 def test_a_large_request_goes_to_all_replicas_and_a_small_one_to_the_least_loaded() -> None:

@@ -245,6 +245,39 @@ async def test_a_row_under_which_two_replicas_died_is_asked_of_no_third(asking: 
     assert len(asker.replicas._outboxes) >= 1
 
 
+async def test_a_row_whose_replicas_are_lost_one_after_another_costs_three_at_most(
+    asking: Asking,
+) -> None:
+    cluster = Cluster(*"abcdef")
+    asker = asking(cluster)
+    await asker.ask(1)
+    before = {name: replica.num_rows for name, replica in cluster.replicas.items()}
+    cluster.broken = {name: [(LOST, False)] * 100 for name in "abcdef"}
+    with pytest.raises(NotReady, match="was lost"):
+        await asker.ask(2)
+    had_it = [n for n, replica in cluster.replicas.items() if replica.num_rows > before[n]]
+    assert len(had_it) == 3
+
+
+async def test_who_the_replicas_are_is_known_though_serve_cancels_a_call(
+    asking: Asking, one: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asker = asking(one)
+    await asker.ask(1)
+    real = one.publish
+
+    async def publish(heard: dict[str, int]) -> Any:
+        monkeypatch.setattr(one, "publish", real)
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(one, "publish", publish)
+    one.replicas["b"] = Replica("b")
+    one.running = ["b"]
+    one.dead = {"a"}
+    await asker.ask(2)
+    assert one.replicas["b"].num_rows == 1
+
+
 async def test_what_no_call_reaches_is_given_up_after_a_while(
     asking: Asking, one: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

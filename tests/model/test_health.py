@@ -20,7 +20,8 @@ from deployments.model.budget import Budget
 from deployments.model.deployment import Model
 from deployments.model.dynamic_batch import batch_queue
 from deployments.model.encoder import Encoder
-from deployments.model.engine import DoesNotFit, Engine
+from deployments.model.engine import Engine
+from deployments.model.fitting import DoesNotFit
 from deployments.model.health import Health
 from deployments.model.planner import Planner
 from deployments.model.scores import NoNumber
@@ -89,6 +90,23 @@ async def test_a_forward_that_hangs_fails_the_check_and_all_rows(
     let_go.set()
 
 
+async def test_a_forward_that_hangs_after_a_quiet_night_is_noticed_as_soon(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await model.answer(GOOD)
+    model.planner._best_at_s -= 8 * 3600
+    assert model.planner.tokens_per_s < 1e-9
+    let_go = threading.Event()
+    monkeypatch.setattr(model.engine, "predict", lambda rows: [let_go.wait(30)] * len(rows))
+    call = asyncio.ensure_future(model.answer(GOOD))
+    await asyncio.sleep(0.5)
+    with pytest.raises(RuntimeError, match="forward has not ended"):
+        await model.check_health()
+    let_go.set()
+    with pytest.raises(BatchLoopDied):
+        await call
+
+
 async def test_an_idle_replica_and_many_short_forwards_are_healthy(model: Model) -> None:
     await model.check_health()
     until_s = time.monotonic() + 0.5
@@ -117,8 +135,9 @@ async def test_a_base_that_gives_no_numbers_fails_the_check(model: Model) -> Non
     await model.check_health()
     with torch.no_grad():
         next(iter(model.engine.encoder.model.base_model.parameters())).fill_(float("nan"))
-    with pytest.raises(NoNumber):
-        await model.answer(GOOD)
+    calls = [asyncio.ensure_future(model.answer(GOOD)) for _ in range(20)]
+    for told in await asyncio.gather(*calls, return_exceptions=True):
+        assert isinstance(told, BatchLoopDied), "so that they are asked elsewhere"
     with pytest.raises(RuntimeError, match="base gives no numbers"):
         await model.check_health()
 

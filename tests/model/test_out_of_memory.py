@@ -13,7 +13,8 @@ from peft import PeftModel
 from adapters.directory import Directory
 from deployments.model.dynamic_batch import dynamic_batch
 from deployments.model.encoder import Encoder
-from deployments.model.engine import DoesNotFit, Engine
+from deployments.model.engine import Engine
+from deployments.model.fitting import DoesNotFit
 from deployments.model.planner import Planner
 from deployments.rows import Prediction, Row, Tokens
 

@@ -34,7 +34,12 @@ INGRESS = {"name": "Ingress", "num_replicas": 2}
 SOON = {"upscale_delay_s": 1, "downscale_delay_s": 3, "look_back_period_s": 3}
 POLICY = {"policy": {"policy_function": "deployments.scaling:replicas_for"}}
 # What may be changed in place of `user_config`; see deployments/settings.py.
-MODEL_CONFIG = {"max_batch_rows": 32, "max_batch_tokens": 512, "max_host_gib": 0.5}
+MODEL_CONFIG: dict[str, Any] = {
+    "adapter_slots": 9,
+    "max_batch_rows": 32,
+    "max_batch_tokens": 512,
+    "max_host_gib": 0.5,
+}
 INGRESS_CONFIG = {"max_request_rows": 7}
 
 
@@ -181,20 +186,38 @@ def test_what_deployments_say_changes_in_place(head: Head, wanted: Wanted, deplo
     assert all({*before[name]} <= {*after[name]} for name in before)
 
 
-def test_user_config_changes_in_place(head: Head, wanted: Wanted, deploy: Any) -> None:
+def test_user_config_changes_in_place_and_back(head: Head, wanted: Wanted, deploy: Any) -> None:
     eight = {"texts": ["x"] * 8}
     url = f"{head.url}/v1/tasks/spam/predict"
-    assert httpx2.post(url, json=eight).status_code == 200
+    deploy(head)
+    wait_until(lambda: are_running(head, Ingress=2, Model=2, Catalog=1))
+
+    def slots() -> list[int | None]:
+        """How many slots each replica has: some are free, others hold a version."""
+        told = httpx2.get(f"{head.url}/v1/residency?limit=1000").json()
+        places = [one for version in told["versions"] for one in version["replicas"].items()]
+        return [
+            one["slots_free"]
+            if one["slots_free"] is None
+            else one["slots_free"]
+            + sum(name == one["replica"] and at["where"] == "slot" for name, at in places)
+            for one in told["replicas"]
+        ]
+
+    def are_told(status: int, num_slots: int | None) -> bool:
+        told = [httpx2.post(url, json=eight).status_code for _ in range(8)]
+        return told == [status] * 8 and slots() == [num_slots] * 2
+
+    assert are_told(200, None)
     before = pids(head)
     with Steady(head.url, wanted, RATE) as load:
         time.sleep(1)
         deploy(
             head, {**INGRESS, "user_config": INGRESS_CONFIG}, model(2, 2, user_config=MODEL_CONFIG)
         )
-        wait_until(
-            lambda: [httpx2.post(url, json=eight).status_code for _ in range(8)] == [422] * 8
-        )
-        wait_until(lambda: are_running(head, Ingress=2, Model=2, Catalog=1))
+        wait_until(lambda: are_told(422, MODEL_CONFIG["adapter_slots"]))
+        deploy(head)  # which says no user_config
+        wait_until(lambda: are_told(200, None))
         time.sleep(1)
     print(load.told())
     assert not load.failed

@@ -18,6 +18,7 @@ BASE = Path(__file__).resolve().parents[2] / "examples" / "base"
 CONNECTIONS = 8
 FIRST, STEADY_FROM, STEADY_TO = 100, 300, 900
 MOST_SLOWER = 1.5
+OTHERS = ("aspects", "sentiment", "topic")
 
 
 class Closed:
@@ -74,9 +75,16 @@ def test_the_first_rows_of_a_new_replica_take_no_longer(short_dir: Path, example
             try:
                 wait_until(lambda: len(load.took_s) > STEADY_FROM)
                 alone = [*load.took_s.values()][FIRST:]
+                for task in OTHERS:
+                    url = f"{head.url}/v1/tasks/{task}/predict"
+                    assert httpx2.post(url, json={"text": "once"}).status_code == 200
                 deploy(2)
                 wait_until(lambda: len(head.running("Model")) == 2)
                 (new,) = {*head.running("Model")} - {old}
+                told = httpx2.get(f"{head.url}/v1/residency").json()["versions"]
+                where = {one["task"]: [*one["replicas"].values()] for one in told}
+                # Nobody has asked it for these.
+                assert [where[task] for task in OTHERS] == [[{"where": "slot"}] * 2] * len(OTHERS)
                 wait_until(lambda: len(rows_of(new)) > STEADY_TO)
             finally:
                 load.ending.set()

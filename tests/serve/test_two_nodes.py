@@ -136,5 +136,7 @@ def test_a_node_is_lost_and_another_one_takes_its_place(
         settled_s = time.monotonic()
         time.sleep(3)
     print(f"two each after {settled_s - lost_s:.1f} s;", load.told(lost_s))
-    assert not [one for one in load.failed if one.due_s > settled_s]
+    # Those that the lost node had; who comes later is answered by the other one.
+    assert all(lost_s - 1 < one.due_s < lost_s + 2 for one in load.failed)
+    assert len(load.failed) <= RATE
     assert tasks(nodes.url) == before
