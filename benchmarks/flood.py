@@ -4,12 +4,16 @@ Over HTTP, MiniLM in fp32 and int8, HAProxy and throughput mode, as configured b
 caller asks a task for one text at a time: alone; beside another task that is asked from 256
 connections at once; and beside one that is asked at random moments, twice as often as it can be
 answered, by callers who ask again when Retry-After says so. The caller should wait for no more than
-the micro-batch that runs when his request comes, and three times what he waits alone.
+the micro-batch that runs when his request comes, and three times what he waits alone. Then the
+first flood again, with a high priority and a latency target in the rules of the caller's task; and
+what memory ingress and model take more while the second flood runs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import http.client
 import json
 import statistics
 import tempfile
@@ -18,11 +22,13 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks import traffic
 from benchmarks.bars import bars
-from benchmarks.load import Load, closed, opened, run
+from benchmarks.load import HOST, Load, closed, opened, run
 from benchmarks.record import table
-from benchmarks.servers import FAST, answer, answers, free_port, served
+from benchmarks.servers import FAST, answer, answers, free_port, served, started_from
 from benchmarks.systems import command_of_ours
 
 ROUNDS, WARM_S, LOAD_S = 3, 5.0, 8.0
@@ -30,6 +36,7 @@ CONNECTIONS, TIMES = 256, 2.0
 # Before the open flood counts: until so many rows wait that more are refused.
 LEAD_S, MOST_CONNECTIONS = 14.0, 12_000
 BATCH = 64  # rows of a micro-batch at most
+URGENT = {"priority": "high", "latency_target_ms": 60}
 PACKAGES = ("ray",)
 
 
@@ -48,18 +55,20 @@ def of_server(folder: Path, quantization: str) -> dict[str, Any]:
     texts = traffic.texts_of("sentiment")
     lone = cycle([traffic.of_ours("spam", [text]) for text in traffic.texts_of("spam")])
     flood = cycle([traffic.of_ours("sentiment", [text]) for text in texts])
-    with served(command_of_ours(folder, port, quantization), port, next(lone), FAST):
+    with served(command_of_ours(folder, port, quantization), port, next(lone), FAST) as home:
         assert answers(port, next(flood))
         capacity = run(closed(port, flood, CONNECTIONS, WARM_S)).per_s
         batch_ms = micro_batch_ms(port, texts)
-        runs: dict[str, list[Load]] = {"alone": [], "closed": [], "open": []}
-        refused = 0
+        runs: dict[str, list[Load]] = {"alone": [], "closed": [], "urgent": [], "open": []}
+        refused, grew_mib = 0, []
         for _ in range(ROUNDS):
             runs["alone"].append(run(closed(port, lone, 1, LOAD_S)))
-            beside, _ = run(
-                _beside(port, lone, 1.0, closed(port, flood, CONNECTIONS, LOAD_S + 2.0))
-            )
-            runs["closed"].append(beside)
+            for name, rules in (("closed", dict.fromkeys(URGENT)), ("urgent", URGENT)):
+                patch(port, "spam", rules)
+                by_all = closed(port, flood, CONNECTIONS, LOAD_S + 2.0)
+                runs[name].append(run(_beside(port, lone, 1.0, by_all))[0])
+            patch(port, "spam", dict.fromkeys(URGENT))
+            before_mib = mib(home)
             rate, seconds = TIMES * capacity, LEAD_S + LOAD_S + 1.0
             beside, by = run(
                 _beside(
@@ -68,11 +77,13 @@ def of_server(folder: Path, quantization: str) -> dict[str, Any]:
             )
             runs["open"].append(beside)
             refused += by.refused
+            grew_mib.append(mib(home) - before_mib)
             settle(port, flood)
     return {
         "capacity": capacity,
         "micro_batch_ms": batch_ms,
         "refused": refused,
+        "grew_mib": max(grew_mib),
         "runs": {name: [load.told() for load in loads] for name, loads in runs.items()},
     }
 
@@ -100,6 +111,28 @@ def settle(port: int, requests: Iterator[bytes]) -> None:
         pass
 
 
+def patch(port: int, task: str, rules: dict[str, Any]) -> None:
+    """Lay rules over a task's own; null takes one back."""
+    connection = http.client.HTTPConnection(HOST, port, timeout=60)
+    connection.request("PATCH", f"/v1/tasks/{task}", json.dumps({"rules": rules}))
+    response = connection.getresponse()
+    said = response.read()
+    connection.close()
+    if response.status != 200:
+        raise RuntimeError(said.decode())
+
+
+def mib(home: Path) -> float:
+    """What ingress and model take, and nobody shares, in MiB."""
+    taken = 0
+    for pid in started_from(home):
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            process = psutil.Process(pid)
+            if any(of in " ".join(process.cmdline()) for of in (":Ingress", ":Model")):
+                taken += process.memory_full_info().uss
+    return float(taken) / 2**20
+
+
 def p95_ms(row: dict[str, Any], load: str) -> float:
     return statistics.median(one["p95_ms"] for one in row["runs"][load])
 
@@ -112,7 +145,7 @@ def bound_ms(row: dict[str, Any]) -> float:
 def as_table(rows: Sequence[dict[str, Any]]) -> str:
     columns = ["", "one micro-batch", "p95 alone", "one micro-batch and 3x that"]
     columns += [f"p95 beside {CONNECTIONS} connections", f"p95 beside {TIMES:.0f}x what it can do"]
-    columns += ["failed", "told to come again"]
+    columns += ["the former with priority", "failed", "told to come again", "memory"]
     return table(
         columns,
         [
@@ -123,8 +156,10 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
                 f"{bound_ms(row):.0f} ms",
                 f"{p95_ms(row, 'closed'):.0f} ms",
                 f"{p95_ms(row, 'open'):.0f} ms",
+                f"{p95_ms(row, 'urgent'):.0f} ms",
                 f"{sum(one['failed'] for loads in row['runs'].values() for one in loads):.0f}",
                 f"{row['refused']:,}",
+                f"+{row['grew_mib']:.0f} MiB",
             ]
             for row in rows
         ],
@@ -136,6 +171,7 @@ def draw(rows: Sequence[dict[str, Any]], figure: Any) -> None:
     names = {
         "alone": "alone",
         "closed": f"beside {CONNECTIONS} connections",
+        "urgent": "the same with priority",
         "open": f"beside {TIMES:.0f}x what it can do",
     }
     groups = ["fp32" if row["quantization"] == "none" else row["quantization"] for row in rows]

@@ -19,6 +19,7 @@ import pytest
 
 from tests.serve.head import Head, fast_path, tasks, wait_until
 from tests.serve.load import Steady, Wanted
+from tests.serve.recording import ROWS
 
 TASKS = ("sentiment", "spam", "topic", "aspects")
 TEXTS = (
@@ -26,6 +27,8 @@ TEXTS = (
     "The parcel came late and nobody answered, so I want my money back before the end of the week.",
     "Win a prize now",
 )
+BULK_WORDS = 60
+BULK = {"texts": ["word " * BULK_WORDS] * 256}
 RATE = 12.0  # requests a second: two cores have time for replicas that start meanwhile
 # Measured: 0.4 s on two cores that had little else to do, 0.8 s on two with twenty threads waiting.
 P99_S = 2.0
@@ -68,7 +71,8 @@ def deploy(store: Path) -> Callable[..., None]:
 
     def deploy(head: Head, *deployments: dict[str, Any], **args: Any) -> None:
         given = {"adapter_store": str(store), "quantization": "none", "num_cpus": 1, **args}
-        head.deploy(deployments or (INGRESS, model(2, 2)), **given)
+        builder = "tests.serve.recording:build"
+        head.deploy(deployments or (INGRESS, model(2, 2)), builder, **given)
 
     return deploy
 
@@ -167,6 +171,54 @@ def test_what_is_killed_comes_back_with_all_that_was_configured(
     assert all(killed_s - 1 < one.due_s < killed_s + may_fail_s for one in load.failed)
     assert may_fail_s or not load.failed
     assert configuration(head) == before
+
+
+# As in tests/serve/test_door.py, where there is neither HAProxy nor throughput mode.
+def test_rows_of_who_goes_or_is_late_are_not_computed(head: Head, store: Path) -> None:
+    url = f"{head.url}/v1/tasks/topic/predict"
+    enough = threading.Event()
+
+    def bulk() -> None:
+        with httpx2.Client(timeout=120) as client:
+            while not enough.is_set():
+                told = client.post(f"{head.url}/v1/tasks/spam/predict", json=BULK)
+                assert told.status_code == 200, told.text
+
+    def late(words: int) -> int:
+        headers = {"X-Request-Timeout-Seconds": "0.1"}
+        body = {"text": "word " * words}
+        return httpx2.post(url, json=body, headers=headers, timeout=60).status_code
+
+    def goes(words: int) -> int:
+        try:
+            return httpx2.post(url, json={"text": "word " * words}, timeout=0.1).status_code
+        except httpx2.TimeoutException:
+            return 0
+
+    def computed() -> set[int]:
+        files = store.parent.glob(ROWS.format(pid="*"))
+        return {line.count(",") - 1 for path in files for line in path.read_text().splitlines()}
+
+    with ThreadPoolExecutor(6) as pool:
+        flooding = [pool.submit(bulk) for _ in range(6)]
+        try:
+            wait_until(lambda: BULK_WORDS in computed())
+            # No two have so many words.
+            late_ones = {words: late(words) for words in range(100, 120)}
+            gone_ones = {words: goes(words) for words in range(120, 140)}
+        finally:
+            enough.set()
+        for future in flooding:
+            future.result()
+    # 408 is Serve's own: it came before ours, as it may where the ingress has much to do.
+    assert {*late_ones.values()} <= {200, 408, 504}
+    assert {*gone_ones.values()} <= {0, 200}
+    for told in (late_ones, gone_ones):
+        missed = {words for words, status in told.items() if status != 200}
+        print(f"{len(missed)} of 20 without an answer, {len(missed & computed())} of them computed")
+        assert len(missed) >= 10, "the model was to be busy"
+        # Of some the forward had begun.
+        assert len(missed & computed()) <= len(missed) / 2
 
 
 def test_what_deployments_say_changes_in_place(head: Head, wanted: Wanted, deploy: Any) -> None:
