@@ -15,7 +15,7 @@ from typing import Any
 import httpx2
 import yaml
 
-from benchmarks.servers import free_port
+from benchmarks.servers import FAST, free_port, haproxy
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "I absolutely loved this product!"
@@ -42,19 +42,7 @@ def tasks(url: str) -> list[dict[str, Any]]:
 
 def fast_path(home: Path) -> dict[str, str]:
     """HAProxy and throughput mode, with ports and paths that disturb no other server here."""
-    return {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
-        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(home / "h" / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(home / "h" / "admin.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(home / "h"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(home / "h" / "state"),
-    }
+    return {**FAST, **haproxy(home), "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2"}
 
 
 def started_from(home: Path) -> list[int]:
