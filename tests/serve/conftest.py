@@ -294,16 +294,17 @@ def cluster(short_dir: Path) -> Iterator[str]:
         import ray
         from ray import serve
 
+        # If this fails, a shutdown of Serve would look for another cluster, and wait for it.
+        ray.init(
+            address="local",
+            num_cpus=8,  # Reserved, not used: two applications, one with two model replicas.
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+            object_store_memory=100 * 2**20,
+            _temp_dir=str(short_dir / "ray"),
+        )
         try:
-            ray.init(
-                address="local",
-                num_cpus=8,  # Reserved, not used: two applications, one with two model replicas.
-                include_dashboard=False,
-                log_to_driver=False,
-                configure_logging=False,
-                object_store_memory=100 * 2**20,
-                _temp_dir=str(short_dir / "ray"),
-            )
             port = free_port()
             serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
             yield f"http://127.0.0.1:{port}"
