@@ -45,8 +45,8 @@ from benchmarks.systems import BASE, System, application, command_of_ours, syste
 __all__ = ["PACKAGES", "as_table", "draw", "in_short", "measure"]
 
 PACKAGES = ("ray", "fastapi", "uvicorn")
-ROUNDS = 3
-TURNS = 7  # of what is compared within one server
+ROUNDS = 2
+TURNS = 5  # of what is compared within one server
 WARM_S, CLOSED_S, SINGLE_S, OPEN_S, TURN_S = 3.0, 10.0, 5.0, 6.0, 5.0
 PACED_PER_S = 1000.0
 
