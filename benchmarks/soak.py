@@ -41,7 +41,7 @@ TEXTS = (
     "Win a prize now",
 )
 # At rest until Ray, which tells of an event loop every 10 s, has told of one that rests.
-WARM_S, SAMPLE_S, REST_S = 60.0, 3.0, 25.0
+WARM_S, SAMPLE_S, REST_S = 60.0, 3.0, 15.0
 CALLERS, PAUSE_S = 4, 0.1
 # Tasks that come and go, one after another under so many names: one that was deleted is free again
 # when requests that are on their way have ended.

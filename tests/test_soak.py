@@ -41,6 +41,5 @@ def test_memory_is_told_by_parts_of_the_time() -> None:
     assert memory(samples, "Model 1") == [0.5, 2.5, 4.5, 6.5, 8.5]
 
 
-@pytest.mark.slow
 def test_nothing_grows_for_a_minute() -> None:
     assert main(minutes=1.0) == 0

@@ -14,7 +14,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 # With how many seconds it takes to be noticed. Of a forward nobody knows before that it hangs.
-@pytest.mark.parametrize(("fault", "noticed_s"), [("hangs", 10.0), ("no loop", 1.0), ("NaN", 1.0)])
+@pytest.mark.parametrize(
+    ("fault", "noticed_s"),
+    [
+        ("hangs", 10.0),
+        ("NaN", 1.0),
+        pytest.param("no loop", 1.0, marks=pytest.mark.slow),
+    ],
+)
 def test_a_replica_that_can_answer_no_more_is_noticed_and_replaced(
     cluster: str,
     tmp_path: Path,

@@ -36,7 +36,8 @@ def told(server: Any) -> list[Any]:
     return [tasks, answers]
 
 
-@pytest.mark.parametrize("cloud", ["s3", pytest.param("gs", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.slow  # two starts each; tests/adapters has what a bucket does and does not
+@pytest.mark.parametrize("cloud", ["s3", "gs"], indirect=True)
 def test_what_was_uploaded_into_a_bucket_answers_the_same_after_a_restart(
     cloud: Cloud, server: Any, examples: Path, make_adapter: Any, oracle: Any, tmp_path: Path
 ) -> None:

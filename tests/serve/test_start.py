@@ -65,6 +65,7 @@ def store(examples: Path, make_adapter: Any, tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
+@pytest.mark.slow  # the other way to start, which it shares all but the command with
 def test_serve_run_takes_typed_arguments_and_ends_with_ctrl_c(
     server: Any, store: Path, oracle: Any, run_example: Any
 ) -> None:
