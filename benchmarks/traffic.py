@@ -1,4 +1,4 @@
-"""What is asked: one text a request, five tasks in turn, sentences that people could write.
+"""What is asked: one text a request, five tasks in turn, each a sentence that people could write.
 
 The tasks are the four examples and a copy of one. Ray's idiom knows tasks of two labels only, so it
 has five copies of the two examples that are such; it and the guide's server, which knows one task,
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from itertools import cycle
@@ -27,6 +28,9 @@ TASKS = {
     "topic": ("topic", "spam"),
 }
 
+# Where a second sentence begins.
+_ANOTHER = re.compile(r"[.!?]['\")]* +[A-Z]")
+
 
 def write_stores(folder: Path) -> None:
     """Write `tasks` and `two-labels`, stores of five tasks of the same names."""
@@ -36,11 +40,12 @@ def write_stores(folder: Path) -> None:
 
 
 def texts_of(example: str) -> list[str]:
-    """All of an example's sentences, in one fixed random order."""
+    """All of an example's texts that are one sentence, in one fixed random order."""
     paths = sorted((ROOT / "examples" / "data").glob(f"{example}.*.jsonl"))
     lines = [line for path in paths for line in path.read_text("utf-8").splitlines()]
     random.Random(0).shuffle(lines)
-    return [json.loads(line)["text"] for line in lines]
+    texts = [json.loads(line)["text"] for line in lines]
+    return [text for text in texts if not _ANOTHER.search(text)]
 
 
 def asked() -> list[tuple[str, str]]:
