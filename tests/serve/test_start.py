@@ -120,7 +120,7 @@ def test_a_configuration_file_is_served_until_sigterm(
     [
         ("-m deployments", 2),  # the launcher and what it watches, before Ray
         pytest.param("gcs_server", 1, marks=pytest.mark.slow),
-        ("ServeController", 1),
+        pytest.param("ServeController", 1, marks=pytest.mark.slow),
         pytest.param("ServeReplica", 1, marks=pytest.mark.slow),
     ],
 )
