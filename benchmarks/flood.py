@@ -115,7 +115,9 @@ def settle(port: int, requests: Iterator[bytes]) -> None:
 def patch(port: int, task: str, rules: dict[str, Any]) -> None:
     """Lay rules over a task's own; null takes one back."""
     connection = http.client.HTTPConnection(HOST, port, timeout=60)
-    connection.request("PATCH", f"/v1/tasks/{task}", json.dumps({"rules": rules}))
+    headers = {"content-type": "application/json"}
+    body = json.dumps({"rules": rules})
+    connection.request("PATCH", f"/v1/tasks/{task}", body, headers)
     response = connection.getresponse()
     said = response.read()
     connection.close()
