@@ -28,7 +28,7 @@ TASKS = {
     "topic": ("topic", "spam"),
 }
 
-# Where a second sentence begins.
+# Where a second sentence begins, of those who write capitals.
 _ANOTHER = re.compile(r"[.!?]['\")]* +[A-Z]")
 
 
