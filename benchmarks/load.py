@@ -209,7 +209,8 @@ async def opened(
     """
     load, clock = Load(seconds), time.perf_counter
     idle: list[Connection] = []
-    waiting: deque[float] = deque()
+    waiting: deque[float] = deque()  # for a connection
+    later: set[float] = set()  # told to come again
     connections: list[Connection] = []
 
     def answered(connection: Connection, status: int) -> None:
@@ -217,10 +218,9 @@ async def opened(
         wait_s = connection.retry_after_s
         if heed and status and wait_s is not None and due_s is not None:
             load.refused += 1
-            connection.due_s = due_s
-            asyncio.get_running_loop().call_later(wait_s, again, connection, due_s)
-            return
-        if status == 200 and due_s is not None:
+            later.add(due_s)
+            asyncio.get_running_loop().call_later(wait_s, again, due_s)
+        elif status == 200 and due_s is not None:
             load.latencies_ms.append(1e3 * (clock() - due_s))
         else:
             load.failed += 1
@@ -231,9 +231,19 @@ async def opened(
         else:
             idle.append(connection)
 
-    def again(connection: Connection, due_s: float) -> None:
-        if connection.due_s is not None:  # not closed meanwhile
-            connection.send(next(requests), due_s)
+    def again(due_s: float) -> None:
+        if due_s in later:  # and the load has not ended meanwhile
+            later.remove(due_s)
+            send(due_s)
+
+    def send(due_s: float) -> None:
+        if idle:
+            idle.pop().send(next(requests), due_s)
+        elif len(connections) < most_connections:
+            connections.append(Connection(port, answered))
+            connections[-1].send(next(requests), due_s)
+        else:
+            waiting.append(due_s)
 
     dice = random.Random(0)
     connections += [await _connect(port, answered) for _ in range(_MOST_CONNECTIONS)]
@@ -243,19 +253,13 @@ async def opened(
     while (due_s := due_s + dice.expovariate(rate)) < ends_s:
         if (wait_s := due_s - clock()) > 0:
             await asyncio.sleep(wait_s)
-        sent_s = min(due_s, clock())  # uvloop may wake up to a millisecond early
-        if idle:
-            idle.pop().send(next(requests), sent_s)
-        elif len(connections) < most_connections:
-            connections.append(Connection(port, answered))
-            connections[-1].send(next(requests), sent_s)
-        else:
-            waiting.append(sent_s)
+        send(min(due_s, clock()))  # uvloop may wake up to a millisecond early
     until_s = clock() + _GRACE_S
-    while (waiting or any(c.due_s is not None for c in connections)) and clock() < until_s:
+    while (waiting or later or any(c.due_s is not None for c in connections)) and clock() < until_s:
         await asyncio.sleep(0.02)
     load.cpu_s = time.process_time() - cpu_s
-    never = [*waiting, *(c.due_s for c in connections if c.due_s is not None)]
+    never = [*waiting, *later, *(c.due_s for c in connections if c.due_s is not None)]
+    later.clear()
     load.failed += len(never)
     load.latencies_ms += [1e3 * (clock() - due_s) for due_s in never]
     for connection in connections:

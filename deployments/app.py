@@ -13,6 +13,7 @@ from ray.serve.schema import LoggingConfig
 from deployments.catalog.deployment import Catalog
 from deployments.config import Args
 from deployments.ingress.deployment import Ingress
+from deployments.ingress.door import LEAST_ROWS
 from deployments.model.allocator import KEEP_FREED_MEMORY
 from deployments.model.deployment import Model
 from deployments.router import NamedReplica
@@ -82,7 +83,9 @@ def build(args: Args) -> Application:
     # The HTTP application is made in the replica, by Ingress.__serve_build_asgi_app__.
     ingress = serve.deployment(
         name="Ingress",
-        max_ongoing_requests=_MAX_ONGOING,
+        # More than its room lets in: what Serve holds back waits in the order it came, the requests
+        # of all tasks behind those of one.
+        max_ongoing_requests=args.max_rows_on_the_way // LEAST_ROWS + _MAX_ONGOING,
         user_config=_USER_CONFIG,
         graceful_shutdown_wait_loop_s=_LEAVING_S,
         logging_config=_LOGGING,

@@ -120,11 +120,12 @@ class Args(BaseModel):
         description="Most tasks that one request may ask at once; times its texts they are at most "
         "max_request_rows.",
     )
-    max_rows_on_the_way: Annotated[int, Field(ge=2)] = Field(
+    max_rows_on_the_way: Annotated[int, Field(ge=8)] = Field(
         8192,
         description="Most rows that wait or are computed, an ingress and a model replica: a text "
-        "is one, a long one in windows several. What comes beyond is refused at once (429). A "
-        "task may have as many as it leaves free, so alone half of them.",
+        "is one, a long one in windows several; in an ingress a request counts as four at least. "
+        "What comes beyond is refused at once (429). A task may have as many as it leaves free, so "
+        "alone half of them.",
     )
     max_body_bytes: Annotated[int, Field(ge=1024)] = Field(
         4 * 2**20, description="Largest request body."

@@ -73,7 +73,16 @@ class TooLarge(RequestError):
 
 
 class Overloaded(RequestError):
-    """There are too many rows on their way, of this task or of all."""
+    """There are too many rows on their way, of this task or of all.
+
+    Attributes:
+        retry_after_s: In how many seconds there may be room.
+    """
+
+    def __init__(self, detail: str, retry_after_s: int = 1) -> None:
+        """Take the sentence, and when to come again."""
+        super().__init__(detail)
+        self.retry_after_s = retry_after_s
 
 
 class NotReady(RequestError):
@@ -165,7 +174,8 @@ def to_problem(error: Exception) -> Problem | None:
     """Return what a caller is told of an error, None for one that is ours to log."""
     for kind, (status, title, retry_after_s) in _TABLE.items():
         if isinstance(error, kind):
-            return Problem(status, title, str(_own(error, kind)), retry_after_s)
+            own = _own(error, kind)
+            return Problem(status, title, str(own), getattr(own, "retry_after_s", retry_after_s))
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from deployments.errors import Overloaded
+from deployments.retry import RetryAfter
 
 
 class Room:
@@ -17,6 +18,7 @@ class Room:
         """Take the most rows of all tasks together."""
         self._free = max_rows
         self._taken: dict[str, int] = {}
+        self._retry = RetryAfter()
 
     def take(self, task: str, num_rows: int) -> None:
         """Let rows in.
@@ -24,16 +26,24 @@ class Room:
         Raises:
             Overloaded: There is no room for them now; none is let in.
         """
-        taken = self._taken.get(task, 0) + num_rows
-        if taken > self._free - num_rows:
-            raise Overloaded(
-                f"there are too many texts for {task!r} on their way; try again in a second"
-            )
+        self.check(task, num_rows)
+        if not self._taken:
+            self._retry.begin()
         self._free -= num_rows
-        self._taken[task] = taken
+        self._taken[task] = self._taken.get(task, 0) + num_rows
+
+    def check(self, task: str, num_rows: int) -> None:
+        """Raise what `take` would, and let nothing in."""
+        if self._taken.get(task, 0) + num_rows > self._free - num_rows:
+            wait_s = self._retry.turn(num_rows)
+            raise Overloaded(
+                f"there are too many texts for {task!r} on their way; try again in {wait_s} s",
+                wait_s,
+            )
 
     def give_back(self, task: str, num_rows: int) -> None:
         """Let rows out."""
+        self._retry.left(num_rows)
         self._free += num_rows
         self._taken[task] -= num_rows
         if not self._taken[task]:

@@ -34,6 +34,7 @@ class Question:
         facts: The version that must answer, and its rules.
         inputs: (ids, type ids) of each.
         deadline_s: By the event loop's clock, when nobody waits any more; None if there is none.
+        sent: The ids of its rows that have left for a replica, of all outboxes.
         answers: Has all answers in the order of the inputs, once there are all; or an error.
     """
 
@@ -43,6 +44,7 @@ class Question:
         self.facts = facts
         self.inputs = inputs
         self.deadline_s = deadline_s
+        self.sent: list[int] = []
         self.answers: asyncio.Future[Answers] = asyncio.get_running_loop().create_future()
         self._given: Answers = [""] * len(inputs)
         self._left = len(inputs)

@@ -15,6 +15,7 @@ from adapters.documents import open_documents
 from adapters.store import GOLDEN, MAX_GOLDEN_BYTES
 from deployments.config import Args, ConfigError, admin_token, tokenize_without_pool
 from deployments.errors import INTERNAL, NotReady, to_problem
+from deployments.garbage import look_seldom
 from deployments.ingress.access import Access
 from deployments.ingress.admin import add_change_routes
 from deployments.ingress.door import check_timeout, to_deadline, until
@@ -51,6 +52,7 @@ class Ingress:
         self, model: DeploymentHandle[Any], catalog: DeploymentHandle[Any], args: Args
     ) -> None:
         """Read the catalog, fetch the base's tokenizer; the replica takes traffic after that."""
+        look_seldom()
         tokenize_without_pool()
         self._args = args
         self._model = ModelHandle(model)

@@ -10,6 +10,8 @@ from types import TracebackType
 from deployments.errors import BadInput, TooLate
 from deployments.room import Room
 
+# A request takes as much room as so many rows, even if it has fewer: what is held for it is more.
+LEAST_ROWS = 4
 TIMEOUT = "X-Request-Timeout-Seconds"
 # What Ray Serve answers by itself when the header's time is over is no problem+json: so much
 # earlier, as a share of that time and in seconds at most, the deadline is here.
@@ -30,10 +32,10 @@ class Visit:
         Raises:
             Overloaded: There is no room for them.
         """
-        room.take(task, num_rows)
         self._room = room
         self._task = task
-        self._num_rows = num_rows
+        self._num_rows = max(num_rows, LEAST_ROWS)
+        room.take(task, self._num_rows)
         self.deadline_s = deadline_s
 
     def grow(self, num_rows: int) -> None:

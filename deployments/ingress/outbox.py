@@ -22,6 +22,8 @@ _LEAST_LOAD = 32
 # One that waits at the replica for an answer, and one that is on its way there. That the first
 # comes back tells that the second has arrived.
 _MAX_CALLS = 2
+# Of rows, in all outboxes of this process.
+_ids = itertools.count(1)
 # A call that came to nothing keeps its place for so long, so that not one follows on another.
 _PAUSE_S = 0.05
 
@@ -90,7 +92,6 @@ class Outbox:
         """
         self._exchange = exchange
         self._heard, self._done, self._unanswered = heard, done, unanswered
-        self._ids = itertools.count(1)
         self._waiting: deque[Asked] = deque()
         self._away: dict[int, Asked] = {}
         self._gone: list[int] = []
@@ -192,8 +193,9 @@ class Outbox:
             if num_tokens > _MAX_CALL_TOKENS and parcels:
                 break
             self._waiting.popleft()
-            number = next(self._ids)
+            number = next(_ids)
             self._away[number] = row
+            question.sent.append(number)
             facts = question.facts
             key = (
                 facts["task"],
@@ -244,7 +246,7 @@ class Outbox:
         """Let go of a question's rows, of which there are some only if nobody waits for it."""
         if not question.answers.cancelled() and question.answers.exception() is None:
             return
-        gone = [number for number, row in self._away.items() if row.question is question]
+        gone = [number for number in question.sent if number in self._away]
         if gone:
             self._remove(gone)
             self._gone += gone

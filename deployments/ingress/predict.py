@@ -9,7 +9,7 @@ from typing import Any
 from adapters.errors import AdapterError, BankFull
 from deployments.errors import BadInput, ReplicasLost, RequestError
 from deployments.ingress.calls import AskModel
-from deployments.ingress.door import Visit, until
+from deployments.ingress.door import LEAST_ROWS, Visit, until
 from deployments.ingress.results import Run, to_results
 from deployments.ingress.runs import Runs
 from deployments.ingress.shadow import Shadows
@@ -120,6 +120,14 @@ class Predictor:
         self._tally_run(run)
         self._shadows.offer(choice.record, run)
         return self._told(choice, run, results)
+
+    def check_room(self, task: str) -> None:
+        """Check that there is room for a request, before anything is done for it.
+
+        Raises:
+            Overloaded: There is none.
+        """
+        self._room.check(task, LEAST_ROWS)
 
     def check_count(self, inputs: Sequence[object]) -> None:
         """Check how many inputs there are.

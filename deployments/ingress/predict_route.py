@@ -63,6 +63,7 @@ class PredictRoute:
             return
         try:
             body = await _read(receive)
+            self._predictor.check_room(task)
             asked = None if body is None else _parse(scope, body)
             if asked is not None:
                 deadline_s = to_deadline(asked.timeout_s)

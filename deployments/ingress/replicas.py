@@ -141,9 +141,15 @@ class Replicas:
         now_s = asyncio.get_running_loop().time()
         again: dict[int, list[Asked]] = {}
         for row in rows:
-            if isinstance(error, (ReplicaLost, BatchLoopDied, Overloaded)):
+            if isinstance(error, ReplicaLost):
                 row = row._replace(tried=(*row.tried, name))
                 given_up = len({*row.tried}) >= _MOST_TRIES
+            elif isinstance(error, (BatchLoopDied, Overloaded)):
+                row = row._replace(tried=(*row.tried, name))
+                # It would say the same again, as often as it is asked.
+                names = {*self._placement.names}
+                alone = bool(names) and names <= {*row.tried}
+                given_up = alone or len({*row.tried}) >= _MOST_TRIES
             elif isinstance(error, CallLost):
                 lost = () if isinstance(error, NotTaken) else (name,)
                 row = row._replace(tried=(*row.tried, *lost), lost_s=row.lost_s or now_s)

@@ -7,7 +7,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,6 +16,7 @@ from adapters.documents import open_documents
 from adapters.rules import ProblemType
 from deployments.config import Args, ConfigError
 from deployments.errors import BatchLoopDied
+from deployments.garbage import look_seldom
 from deployments.journal import Journal
 from deployments.model.answers import as_data
 from deployments.model.budget import limits, make_planner
@@ -32,7 +32,7 @@ from deployments.model.news import News
 from deployments.model.residents import Residents
 from deployments.model.scores import NoNumber
 from deployments.model.slot_writes import SlotWrites
-from deployments.model.threads import forward_threads
+from deployments.model.threads import forward_thread, forward_threads
 from deployments.model.vocabulary import export_vocabulary, to_pages
 from deployments.model.warmup import bring, warm_up
 from deployments.room import Room
@@ -58,11 +58,11 @@ class Model:
 
     async def __init__(self, args: Args) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         """Load the base; the replica takes traffic when this returns."""
+        look_seldom()
         self._args = args
         self.health = Health(end=lambda: os._exit(1))
         threads = forward_threads(args, num_nodes())
-        # Thread counts are a thread's own, and Ray would leave this one a single core.
-        self._device = ThreadPoolExecutor(1, "forward", torch.set_num_threads, (threads,))
+        self._device = forward_thread(threads, on_cpu=args.device == "cpu")
         self.engine = await self._on_device(make_engine, args)
         await self._check_base()
         if self.health.problem is not None:

@@ -185,9 +185,16 @@ class Exchange:
 
     async def _answer(self, box: Box, parcel: Parcel, rows: Mapping[int, _Sent]) -> None:
         """Have a parcel's rows answered while its version is pinned, once for all of them."""
+        inside = len(rows)
+
+        def out() -> None:
+            nonlocal inside
+            inside -= 1
+            self._room.give_back(parcel.task, 1)
+
         try:
             async with self._ways.pin(parcel.task, parcel.version) as slot:
-                await self._through_the_queue(box, parcel, rows, slot)
+                await self._through_the_queue(box, parcel, rows, slot, out)
         except Exception as error:
             told: Exception = error
             if not isinstance(error, (AdapterError, BatchLoopDied)):
@@ -198,10 +205,16 @@ class Exchange:
             for row in rows:
                 box.settle(row, told)
         finally:
-            self._room.give_back(parcel.task, len(rows))
+            if inside:
+                self._room.give_back(parcel.task, inside)
 
     async def _through_the_queue(
-        self, box: Box, parcel: Parcel, rows: Mapping[int, _Sent], slot: int
+        self,
+        box: Box,
+        parcel: Parcel,
+        rows: Mapping[int, _Sent],
+        slot: int,
+        out: Callable[[], None],
     ) -> None:
         left = 0
         over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -209,6 +222,7 @@ class Exchange:
         def ended(row: int, prediction: asyncio.Future[Any]) -> None:
             nonlocal left
             left -= 1
+            out()
             if not left and not over.done():
                 over.set_result(None)
             if not prediction.cancelled():

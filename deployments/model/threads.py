@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import torch
 
 from deployments.config import Args
 
+# By which a forward on the CPU gives way to event loops: a row that has to wait for a CPU waits for
+# those that compute, and a door that has none to refuse a flood lets nobody in.
+_GIVES_WAY = 5
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -27,6 +33,20 @@ def forward_threads(args: Args, num_nodes: int) -> int:
         return count_cpus()
     replicas = args.num_replicas or args.max_replicas or 1
     return max(1, (count_cpus() - 1) // math.ceil(replicas / max(1, num_nodes)))
+
+
+def forward_thread(threads: int, *, on_cpu: bool) -> ThreadPoolExecutor:
+    """Return the thread that runs forwards, which compute with so many threads.
+
+    How many those are, and how nice they are, is a thread's own: others that it starts inherit it.
+    """
+
+    def begin() -> None:
+        torch.set_num_threads(threads)
+        if on_cpu:
+            os.nice(_GIVES_WAY)
+
+    return ThreadPoolExecutor(1, "forward", begin)
 
 
 def count_cpus(quota: Path = _QUOTA) -> int:

@@ -33,7 +33,7 @@ async def bring(residents: Residents, names: Sequence[str], most_s: float) -> No
         names: `task@version` of each, the most wanted first.
         most_s: How long that may take, in seconds; what is not there by then is left likewise.
     """
-    # The most wanted comes last, so that it is the last to leave if pages do not last.
+    # The most wanted are in the last few, so that they are the last to leave if pages do not last.
     wanted = names[: residents.slots.slots_free][::-1]
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(most_s):

@@ -57,9 +57,8 @@ async def test_the_most_wanted_of_the_peers_come_as_far_as_there_are_slots(
     publish = partial(publish_to, Directory(tmp_path))
     names = [f"{task}@{publish(task)}" for task in ("one", "two", "three")]
     await bring(model.residents, names, 20)
-    assert model.residents.hot(9) == names[:2]
+    assert {*model.residents.hot(9)} == {*names[:2]}  # they were loaded at the same time
     await model.warm(*names[1].split("@"))
-    assert model.residents.hot(9) == [names[1], names[0]]
     assert model.residents.hot(1) == [names[1]]
 
 
