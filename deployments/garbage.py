@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import gc
 
-# So many objects more than after the last look. Those of 1,000 requests are fewer.
-_NEW_OBJECTS = 250_000
+# So many objects more than after the last look. Those of 2,000 requests are fewer.
+_NEW_OBJECTS = 500_000
 
 
 def look_seldom() -> None:
