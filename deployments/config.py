@@ -292,3 +292,8 @@ def _sentences(error: ValidationError) -> list[str]:
             )
             sentences[key] = f"{sentences[key]}, or {detail['msg']}" if key in sentences else told
     return list(sentences.values())
+
+
+def set_unless_said(name: str, value: str) -> None:
+    """Give an environment variable, which Ray's processes inherit, a value if it has none."""
+    os.environ.setdefault(name, value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import _thread
 import logging
 import re
+import resource
 import signal
 import sys
 import threading
@@ -24,9 +25,15 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ServeDeploySchema
 from ray.serve.scripts import cli
 
-from deployments.config import Args, ConfigError
+from deployments.config import Args, ConfigError, set_unless_said
 
 _BUILDER = "deployments.app:build"
+# HAProxy ends connections to an ingress that it could use again once it has a quarter of what it
+# may have, and to open them anew costs an ingress more than to refuse a request. It wants 5 open
+# files for 2 connections, and does not start where it cannot have them.
+_CONNECTIONS = "RAY_SERVE_HAPROXY_MAXCONN"
+_MOST_CONNECTIONS = 16_384
+_FILES = resource.RLIMIT_NOFILE
 # A Python traceback's last line: the error's class, then what it says.
 _SAID = re.compile(r"^[\w.]+(?:Error|Exception|Unavailable): (.+)$", re.MULTILINE)
 
@@ -44,6 +51,7 @@ def main(arguments: list[str]) -> int:
     failed, ending = threading.Event(), threading.Event()
     http: Any = config.http_options
     address = f"http://{http.host}:{http.port}"
+    set_unless_said(_CONNECTIONS, str(connections(resource.getrlimit(_FILES)[1])))
     watch = threading.Thread(target=_watch, args=(names, address, failed, ending), daemon=True)
     try:
         ray.init(namespace="serve", logging_level=logging.WARNING)
@@ -65,6 +73,13 @@ def main(arguments: list[str]) -> int:
             watch.join(5)
         ray.shutdown()
     return 1 if failed.is_set() else 0
+
+
+def connections(max_files: int) -> int:
+    """Return how many connections HAProxy may have where a process may open so many files."""
+    if max_files == resource.RLIM_INFINITY:
+        return _MOST_CONNECTIONS
+    return max(1, min(_MOST_CONNECTIONS, (max_files - 100) * 2 // 5))
 
 
 def read_config(path: Path) -> ServeDeploySchema:

@@ -142,3 +142,11 @@ def test_who_asks_for_no_task_is_told_how_to_make_one() -> None:
     said = str(TaskNotFound("mood"))
     assert "upload one (PUT /v1/tasks/mood/versions)" in said
     assert "its PEFT folder into the adapter store under that name" in said
+
+
+def test_who_was_refused_is_told_when_there_may_be_room() -> None:
+    problem = to_problem(Overloaded("too many", 7))
+    assert problem is not None
+    assert problem.retry_after_s == 7
+    again = pickle.loads(pickle.dumps(Overloaded("too many", 7)))  # as it comes from a replica
+    assert (again.retry_after_s, again.detail) == (7, "too many")

@@ -59,6 +59,20 @@ def test_a_large_request_comes_in_whole_or_not_at_all() -> None:
     room.take("b", 25)
 
 
+def test_who_is_refused_is_told_a_time_of_his_own() -> None:
+    room = Room(100)
+    fill(room, "a")
+    told = set()
+    for _ in range(3):
+        with pytest.raises(Overloaded) as refused:
+            room.take("a", 1)
+        told.add(refused.value.retry_after_s)
+    assert told == {1}  # how fast rows leave is not known yet
+    assert str(refused.value).endswith("try again in 1 s")
+    room.check("b", 1)
+    assert fill(room, "b") == 25  # a check takes nothing
+
+
 def test_what_has_gone_leaves_nothing_behind() -> None:
     room = Room(100)
     for n in range(1000):

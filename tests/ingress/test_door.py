@@ -1,11 +1,12 @@
 """A request's rows are counted from when it comes in until it goes, however it goes."""
 
 import asyncio
+import contextlib
 
 import pytest
 
 from deployments.errors import BadInput, Overloaded
-from deployments.ingress.door import Visit, check_timeout, to_deadline
+from deployments.ingress.door import LEAST_ROWS, Visit, check_timeout, to_deadline
 from deployments.room import Room
 
 
@@ -19,6 +20,17 @@ def test_rows_are_let_out_when_a_request_ends_and_when_it_fails() -> None:
         visit.grow(3)  # some of its texts cannot be read
     with Visit(room, "mood", 5, None):
         pass
+
+
+def test_a_request_counts_as_four_rows_at_least() -> None:
+    room = Room(10 * LEAST_ROWS)
+    with contextlib.ExitStack() as visits:
+        for _ in range(5):
+            visits.enter_context(Visit(room, "mood", 1, None)).grow(LEAST_ROWS)
+        with pytest.raises(Overloaded):
+            Visit(room, "mood", 1, None)
+        visits.enter_context(Visit(room, "topic", 2 * LEAST_ROWS, None))
+    room.take("mood", 5 * LEAST_ROWS)
 
 
 def test_windows_count_as_rows() -> None:

@@ -320,6 +320,21 @@ async def test_where_one_replica_has_too_much_another_answers(asking: Asking, tw
         await asker.ask(1)
 
 
+@pytest.mark.parametrize(
+    ("error", "told"), [(Overloaded("too many"), Overloaded), (BatchLoopDied("over"), NotReady)]
+)
+async def test_what_the_only_replica_cannot_answer_it_is_not_asked_again(
+    asking: Asking, error: Exception, told: type[Exception]
+) -> None:
+    one = Cluster("a")
+    asker = asking(one)
+    await asker.ask(1)
+    one.replicas["a"].error = error
+    with pytest.raises(told):
+        await asyncio.wait_for(asker.ask(2), 1)
+    assert one.replicas["a"].num_rows == 2
+
+
 async def test_an_adapter_s_error_is_the_same_everywhere(asking: Asking, two: Cluster) -> None:
     for replica in two.replicas.values():
         replica.error = AdapterRefused("mood", ["no head"])

@@ -165,6 +165,24 @@ async def test_rows_beyond_the_room_come_back_at_once_and_leave_room_for_another
     assert set(queue.rows) == {1, 2, 3, 6, 7, 8, 9, 10}
 
 
+async def test_a_row_that_is_answered_leaves_its_room_to_another_one(queue: Queue) -> None:
+    replica = Exchange("r", Ways(queue.pin, queue.enter, as_data, queue.promise), News(), Room(8))
+    call(replica, 1, 2, 3, 4)
+    await settle()
+    queue.answer(2)  # and not the others that came with it
+    await settle()
+    reply = call(replica, 5)
+    await settle()
+    assert 5 in queue.rows
+    for one in (await reply)["answers"]:
+        assert one == (2, [2.0])
+    call(replica, gone=(1, 3, 4, 5))
+    await settle()
+    call(replica, 6, 7, 8, 9)
+    await settle()
+    assert {6, 7, 8, 9} <= set(queue.rows)
+
+
 async def test_what_the_queue_goes_by_comes_with_every_row(replica: Exchange, queue: Queue) -> None:
     before_s = time.monotonic()
     call(replica, 10, 11, 20, left_s=5.0)

@@ -3,10 +3,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from deployments.config import Args
 from deployments.model import threads
-from deployments.model.threads import count_cpus, forward_threads
+from deployments.model.threads import count_cpus, forward_thread, forward_threads
 
 
 def args(**given: Any) -> Args:
@@ -50,3 +51,15 @@ def test_a_container_s_quota_counts(tmp_path: Path) -> None:
     ):  # fmt: skip
         quota.write_text(told)
         assert count_cpus(quota) == want, told
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_a_forward_on_the_cpu_gives_way_to_the_event_loop(on_cpu: bool) -> None:
+    def of_thread() -> tuple[int, int]:
+        return torch.get_num_threads(), os.nice(0)
+
+    before = of_thread()
+    with forward_thread(1, on_cpu=on_cpu) as thread:
+        told = thread.submit(of_thread).result()
+    assert told == (1, min(19, before[1] + 5 * on_cpu))
+    assert of_thread() == before

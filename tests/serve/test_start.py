@@ -1,6 +1,7 @@
 """Both ways to start, as real processes with HAProxy and throughput mode, and how they end."""
 
 import ast
+import resource
 import shutil
 import signal
 from contextlib import suppress
@@ -10,6 +11,8 @@ from typing import Any
 import httpx2
 import psutil
 import pytest
+
+from deployments.run import connections
 
 ROOT = Path(__file__).resolve().parents[2]
 STOP_S = 10.0
@@ -215,3 +218,13 @@ def test_serve_run_names_a_wrong_key(server: Any) -> None:
     # Anywhere: what Serve prints to stdout may be flushed after the traceback.
     sentence = "unknown key 'adapter_slot'; the keys are base_model, "
     assert sentence in server.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("max_files", "want"),
+    [(resource.RLIM_INFINITY, 16_384), (2**20, 16_384), (20_000, 7960), (1024, 369), (50, 1)],
+)
+def test_haproxy_has_as_many_connections_as_it_finds_files_for(max_files: int, want: int) -> None:
+    assert connections(max_files) == want
+    if max_files > 50:
+        assert 2.5 * want + 36 <= max_files  # what HAProxy 2.8 asks for
