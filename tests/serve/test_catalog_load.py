@@ -399,6 +399,8 @@ def num_pids(server: Any, name: str) -> int:
     return sum(f"ServeReplica:onebase:{name}" in line for line in server.processes().values())
 
 
+# In CI two processes without Ray do the same: tests/catalog/test_two_clusters.py.
+@pytest.mark.slow
 def test_two_clusters_on_one_store_lose_no_change(
     running: Any, a_server: Any, store: Path, make_version: Any
 ) -> None:
