@@ -31,10 +31,10 @@ from benchmarks.record import table
 from benchmarks.servers import FAST, answer, answers, free_port, served, started_from
 from benchmarks.systems import command_of_ours
 
-ROUNDS, WARM_S, LOAD_S = 3, 5.0, 8.0
+ROUNDS, WARM_S, LOAD_S = 2, 5.0, 8.0
 CONNECTIONS, TIMES = 256, 2.0
 # Before the open flood counts: until so many rows wait that more are refused.
-LEAD_S, MOST_CONNECTIONS = 14.0, 12_000
+LEAD_S, MOST_CONNECTIONS = 6.0, 12_000
 BATCH = 64  # rows of a micro-batch at most
 URGENT = {"priority": "high", "latency_target_ms": 60}
 PACKAGES = ("ray",)

@@ -13,9 +13,9 @@ from ray.serve.schema import LoggingConfig
 from deployments.catalog.deployment import Catalog
 from deployments.config import Args
 from deployments.ingress.deployment import Ingress
-from deployments.ingress.door import LEAST_ROWS
 from deployments.model.allocator import KEEP_FREED_MEMORY
 from deployments.model.deployment import Model
+from deployments.room import LEAST_ROWS
 from deployments.router import NamedReplica
 
 # Rows queue in the model's own planner, so Serve must hand them over instead of holding them.

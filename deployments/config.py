@@ -18,6 +18,7 @@ from pydantic import (
 from adapters.geometry import hub_id
 from adapters.store import Store, check_url, local_folder, open_store
 from deployments.base import BaseName
+from deployments.room import LEAST_ROWS
 from deployments.source import Source
 
 Auto = Literal["auto"]
@@ -197,10 +198,11 @@ class Args(BaseModel):
             raise ConfigError("min_replicas needs max_replicas beside it")
         if args.max_replicas is not None and (args.min_replicas or 1) > args.max_replicas:
             raise ConfigError("min_replicas is over max_replicas")
-        if args.max_rows_on_the_way < 2 * args.max_request_rows:
+        least = 2 * max(args.max_request_rows, LEAST_ROWS * args.max_request_tasks)
+        if args.max_rows_on_the_way < least:
             raise ConfigError(
-                f"max_rows_on_the_way={args.max_rows_on_the_way} is less than two requests of "
-                f"max_request_rows={args.max_request_rows}; raise it"
+                f"max_rows_on_the_way={args.max_rows_on_the_way} is less than the {least} that two "
+                "requests of max_request_rows or max_request_tasks may have; raise it"
             )
         if args.adapter_slots != "auto" and len(args.pinned_tasks) >= args.adapter_slots:
             raise ConfigError(
@@ -266,10 +268,7 @@ def admin_token() -> str | None:
 
 
 def tokenize_without_pool() -> None:
-    """Let the Rust tokenizers work in the thread that asks.
-
-    A pool of their own would be as large as the machine, whose CPUs are the forward's.
-    """
+    """Let the Rust tokenizers work in the thread that asks, not in as many as there are CPUs."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # read anew with every call
 
 

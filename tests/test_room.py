@@ -2,11 +2,24 @@
 
 import random
 from collections import Counter
+from functools import partial
 
 import pytest
 
 from deployments.errors import Overloaded
+from deployments.retry import Line
 from deployments.room import Room
+
+
+class Clock:
+    now_s = 0.0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("deployments.room.Line", partial(Line, lambda: clock.now_s))
+    return clock
 
 
 def fill(room: Room, task: str, at_a_time: int = 1) -> int:
@@ -59,18 +72,46 @@ def test_a_large_request_comes_in_whole_or_not_at_all() -> None:
     room.take("b", 25)
 
 
-def test_who_is_refused_is_told_a_time_of_his_own() -> None:
+def wait_s(room: Room, task: str) -> int:
+    with pytest.raises(Overloaded, match=r"try again in \d+ s$") as refused:
+        room.check(task, 1)
+    return refused.value.retry_after_s
+
+
+def test_who_is_refused_is_told_a_time_of_his_own(clock: Clock) -> None:
     room = Room(100)
     fill(room, "a")
-    told = set()
-    for _ in range(3):
-        with pytest.raises(Overloaded) as refused:
-            room.take("a", 1)
-        told.add(refused.value.retry_after_s)
-    assert told == {1}  # how fast rows leave is not known yet
-    assert str(refused.value).endswith("try again in 1 s")
+    clock.now_s += 10
+    assert wait_s(room, "a") in (10, 11)
+    assert {wait_s(room, "a") for _ in range(3)} <= {20, 21}  # none has left
+    for _ in range(10):
+        room.give_back("a", 1)
+        room.take("a", 1)
+    assert wait_s(room, "a") == 1
     room.check("b", 1)
     assert fill(room, "b") == 25  # a check takes nothing
+    clock.now_s += 1
+    assert max(wait_s(room, "b") for _ in range(9)) <= 3  # whatever others are told
+
+
+def test_once_a_task_has_none_on_their_way_its_line_is_over(clock: Clock) -> None:
+    room = Room(100)
+    fill(room, "a")
+    clock.now_s += 10
+    assert wait_s(room, "a") >= 10
+    room.give_back("a", 50)
+    fill(room, "a")
+    assert wait_s(room, "a") == 1
+
+
+def test_of_names_that_nobody_knows_not_all_are_remembered() -> None:
+    room = Room(100)
+    for task in ("a", "b", "c", "d", "e", "f", "g"):
+        fill(room, task)
+    for n in range(3000):
+        with pytest.raises(Overloaded):
+            room.check(f"nobody-{n}", 4)
+    assert len(room._lines) <= 1024
 
 
 def test_what_has_gone_leaves_nothing_behind() -> None:

@@ -8,10 +8,8 @@ from contextlib import asynccontextmanager
 from types import TracebackType
 
 from deployments.errors import BadInput, TooLate
-from deployments.room import Room
+from deployments.room import LEAST_ROWS, Room
 
-# A request takes as much room as so many rows, even if it has fewer: what is held for it is more.
-LEAST_ROWS = 4
 TIMEOUT = "X-Request-Timeout-Seconds"
 # What Ray Serve answers by itself when the header's time is over is no problem+json: so much
 # earlier, as a share of that time and in seconds at most, the deadline is here.

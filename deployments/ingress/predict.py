@@ -9,14 +9,14 @@ from typing import Any
 from adapters.errors import AdapterError, BankFull
 from deployments.errors import BadInput, ReplicasLost, RequestError
 from deployments.ingress.calls import AskModel
-from deployments.ingress.door import LEAST_ROWS, Visit, until
+from deployments.ingress.door import Visit, until
 from deployments.ingress.results import Run, to_results
 from deployments.ingress.runs import Runs
 from deployments.ingress.shadow import Shadows
 from deployments.ingress.tasks import Choice, Tasks
 from deployments.ingress.usage import Tally
 from deployments.ingress.wire import PredictRequest
-from deployments.room import Room
+from deployments.room import LEAST_ROWS, Room
 from deployments.rows import Facts
 from deployments.tokens import Tokenizer
 

@@ -63,8 +63,10 @@ class PredictRoute:
             return
         try:
             body = await _read(receive)
-            self._predictor.check_room(task)
-            asked = None if body is None else _parse(scope, body)
+            asked = None
+            if body is not None:
+                self._predictor.check_room(task)
+                asked = _parse(scope, body)
             if asked is not None:
                 deadline_s = to_deadline(asked.timeout_s)
                 if self._before_each is not None:

@@ -16,7 +16,6 @@ from adapters.documents import open_documents
 from adapters.rules import ProblemType
 from deployments.config import Args, ConfigError
 from deployments.errors import BatchLoopDied
-from deployments.garbage import look_seldom
 from deployments.journal import Journal
 from deployments.model.answers import as_data
 from deployments.model.budget import limits, make_planner
@@ -58,7 +57,6 @@ class Model:
 
     async def __init__(self, args: Args) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         """Load the base; the replica takes traffic when this returns."""
-        look_seldom()
         self._args = args
         self.health = Health(end=lambda: os._exit(1))
         threads = forward_threads(args, num_nodes())

@@ -189,8 +189,9 @@ class Exchange:
 
         def out() -> None:
             nonlocal inside
-            inside -= 1
-            self._room.give_back(parcel.task, 1)
+            if inside:
+                inside -= 1
+                self._room.give_back(parcel.task, 1)
 
         try:
             async with self._ways.pin(parcel.task, parcel.version) as slot:
@@ -205,8 +206,9 @@ class Exchange:
             for row in rows:
                 box.settle(row, told)
         finally:
-            if inside:
-                self._room.give_back(parcel.task, inside)
+            rest, inside = inside, 0
+            if rest:
+                self._room.give_back(parcel.task, rest)
 
     async def _through_the_queue(
         self,

@@ -6,8 +6,8 @@ import contextlib
 import pytest
 
 from deployments.errors import BadInput, Overloaded
-from deployments.ingress.door import LEAST_ROWS, Visit, check_timeout, to_deadline
-from deployments.room import Room
+from deployments.ingress.door import Visit, check_timeout, to_deadline
+from deployments.room import LEAST_ROWS, Room
 
 
 def test_rows_are_let_out_when_a_request_ends_and_when_it_fails() -> None:

@@ -178,6 +178,7 @@ async def test_word_of_gone_rows_is_sent_again_where_its_call_was_lost(
     assert not box.replica.gone
     monkeypatch.setattr(box.outbox, "_exchange", real)
     await asyncio.sleep(0.05)
+    assert len(gone.sent) == 2
     assert {*gone.sent} <= {*box.replica.gone}
     stays.answers.cancel()
 

@@ -171,11 +171,9 @@ async def test_a_row_that_is_answered_leaves_its_room_to_another_one(queue: Queu
     await settle()
     queue.answer(2)  # and not the others that came with it
     await settle()
-    reply = call(replica, 5)
+    call(replica, 5)
     await settle()
     assert 5 in queue.rows
-    for one in (await reply)["answers"]:
-        assert one == (2, [2.0])
     call(replica, gone=(1, 3, 4, 5))
     await settle()
     call(replica, 6, 7, 8, 9)

@@ -14,7 +14,10 @@ import httpx2
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOM = 64
+ROOM = 128
+# A request counts as four rows. One of another task is in the forward, and half of what it leaves
+# is this one's.
+LET_IN = (ROOM - 4) // 2 // 4
 HEADER = "X-Request-Timeout-Seconds"
 
 
@@ -90,6 +93,7 @@ def gated(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ga
                 device="cpu",
                 num_cpus=1,
                 max_request_rows=ROOM // 2,
+                max_request_tasks=ROOM // 8,
                 max_rows_on_the_way=ROOM,
                 default_task="spam",
             )
@@ -188,7 +192,7 @@ def test_beyond_the_room_requests_are_refused_at_once_and_another_task_is_not(ga
     with ThreadPoolExecutor(ROOM) as callers:
         flood = [callers.submit(gate.ask, "spam", "many") for _ in range(ROOM)]
         until_s = time.monotonic() + 8
-        while sum(one.done() for one in flood) < ROOM // 2:
+        while sum(one.done() for one in flood) < ROOM - LET_IN:
             assert time.monotonic() < until_s
             time.sleep(0.01)
         other = callers.submit(gate.ask, "sentiment", "another")
@@ -196,10 +200,9 @@ def test_beyond_the_room_requests_are_refused_at_once_and_another_task_is_not(ga
         gate.open()
         answered = [one for one in flood if one.result().status_code == 200]
         assert other.result().status_code == 200
-    # One row of another task is in the forward, and half of what it leaves is this one's.
-    assert len(answered) == (ROOM - 1) // 2
-    assert len(refused) + len(answered) >= ROOM - 1
+    assert len(answered) == LET_IN
+    assert len(refused) == ROOM - LET_IN
     for response in refused:  # while the gate was shut
         assert "too many texts for 'spam' on their way" in told(response, 429)
-        assert response.headers["retry-after"] == "1"
+        assert 1 <= int(response.headers["retry-after"]) <= 20
     assert gate.ask("spam", "again").status_code == 200
