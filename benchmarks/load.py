@@ -205,7 +205,7 @@ async def opened(
     """Send at a mean rate a second for so long, at random moments, the same ones every time.
 
     Who finds no connection free waits for one, and his latency runs. Callers who heed Retry-After
-    ask again when they are told to, which is no failure.
+    ask again when they are told to, which is no failure; to have no answer by the end is one.
     """
     load, clock = Load(seconds), time.perf_counter
     idle: list[Connection] = []
