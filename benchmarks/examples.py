@@ -8,7 +8,7 @@ import random
 from adapters.directory import Directory
 from benchmarks.bases import ROOT
 from deployments.config import Args
-from deployments.model.budget import Budget, make_planner
+from deployments.model.budget import Budget, limits
 from deployments.model.engine import Engine
 from deployments.model.vocabulary import export_vocabulary
 from deployments.rows import Row
@@ -31,7 +31,7 @@ def example_engine(quantization: str) -> Engine:
 def example_planner() -> Budget:
     """The server's, as its defaults make it on a CPU."""
     args = Args(base_model=BASE, adapter_store=STORE_FOLDER)
-    return make_planner(args, on_cpu=True)
+    return Budget(limits(args, on_cpu=True, padded=False))
 
 
 def example_tokenizer(engine: Engine) -> Tokenizer:

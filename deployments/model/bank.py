@@ -18,6 +18,7 @@ from deployments.model.copies import Copies
 from deployments.model.pages import Pages, page_bytes, pages_of
 
 Tensors = Mapping[str, torch.Tensor]
+Own = Mapping[str, Tensors]  # module path -> what its site reads -> tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +64,20 @@ class Packed:
     heads: Mapping[str, Part]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Seat:
-    """A resident adapter: its pages by number, int64 on the device, those of its head apart."""
+    """A resident adapter: its pages by number, int64 on the device, those of its head apart.
+
+    Attributes:
+        own: What it brings for the encoder, views of its pages; None before that was asked for.
+    """
 
     packing: Packing
     heads: Mapping[str, Part]
     pieces: Sequence[range]
     body: torch.Tensor
     head: torch.Tensor
+    own: Own | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +221,28 @@ class Bank:
             rows = slice(start, start + len(seats))
             self.runs.append(_run(rows, seats))
             start = rows.stop
+
+    def own(self) -> list[Own]:
+        """Return what each row's adapter changes, in the compute dtype; not to be kept."""
+        return [seat.own or self._own(seat) for seat in self.rows]
+
+    def _own(self, seat: Seat) -> Own:
+        in_one = len(seat.pieces) == 1
+        if in_one:
+            start = seat.pieces[0].start
+            pages = self._body[start : start + seat.packing.num_pages]
+        else:
+            pages = functional.embedding(seat.body, self._body)
+        own = {
+            path: {
+                name: pages[part.pages].view(-1)[: math.prod(part.shape)].view(part.shape)
+                for name, part in parts.items()
+            }
+            for path, parts in seat.packing.sites.items()
+        }
+        if in_one:  # else it would be a second copy
+            seat.own = own
+        return own
 
     def gather(self, run: Run, part: Part) -> torch.Tensor:
         """Return each row's own tensor, [rows of the run, *shape], in the compute dtype.

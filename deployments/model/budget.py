@@ -30,6 +30,8 @@ _BEST_HALF_LIFE_S = 600.0
 class Budget:
     """A planner whose token budget follows how long forwards took.
 
+    Tokens are counted as the planner does, but where padding is said not to count.
+
     A forward of twice the tokens takes at most about twice as long, since its fixed cost stays: so
     the seconds a token of the last forwards bound the next one. A small forward bounds it too
     tightly, and the larger one that follows tells better; where a single row takes more than half
@@ -55,12 +57,12 @@ class Budget:
 
     @property
     def most_tokens(self) -> int:
-        """Most tokens of any forward, padded."""
+        """Most tokens of any forward."""
         return self._planner.max_tokens
 
     @property
     def max_tokens(self) -> int:
-        """Most tokens of the next forward, padded."""
+        """Most tokens of the next forward."""
         most = int(self._fitting_tokens)
         if not self._tokens_per_s:
             return min(_FIRST_TOKENS, most)
@@ -84,7 +86,7 @@ class Budget:
 
     @property
     def last_tokens_per_s(self) -> float:
-        """Tokens a second, padded, of the last forwards, however long ago; 0 before the first."""
+        """Tokens a second of the last forwards, however long ago; 0 before the first one."""
         return max(self._tokens_per_s, default=0.0)
 
     def answered_tokens_per_s(self) -> float:
@@ -125,10 +127,10 @@ class Budget:
         if not lengths:
             return
         seconds = max(seconds, 1e-6)
-        padded = len(lengths) * max(lengths)
-        self._tokens_per_s.append(padded / seconds)
+        num_tokens = self._planner.tokens(lengths)
+        self._tokens_per_s.append(num_tokens / seconds)
         self._forwards_s.append(seconds)
-        if padded >= self._fitting_tokens / 2:
+        if num_tokens >= self._fitting_tokens / 2:
             self._fitting_tokens = min(self._fitting_tokens * _RECOVERY, float(self.most_tokens))
         self._answered += sum(lengths)
         speed = sum(lengths) / seconds
@@ -137,25 +139,25 @@ class Budget:
 
     def note_too_large(self, lengths: Sequence[int]) -> None:
         """Learn from a forward that did not fit into memory: half of it may."""
-        padded = len(lengths) * max(lengths)
-        self._fitting_tokens = max(1.0, min(self._fitting_tokens, padded / 2))
+        num_tokens = self._planner.tokens(lengths)
+        self._fitting_tokens = max(1.0, min(self._fitting_tokens, num_tokens / 2))
 
 
-def make_planner(args: Args, *, on_cpu: bool) -> Budget:
-    """Return the planner for a device; see `limits`."""
-    return Budget(limits(args, on_cpu=on_cpu))
-
-
-def limits(args: Args, *, on_cpu: bool) -> Planner:
+def limits(args: Args, *, on_cpu: bool, padded: bool) -> Planner:
     """Return the most that a forward may have on a device, however fast it is.
 
     On a CPU more than about a thousand tokens leave its caches and take longer a token, and a
     forward has little fixed cost: less padding is better (benchmarks/padding.py).
+
+    Args:
+        args: The configuration.
+        on_cpu: Whether that is the device.
+        padded: Whether layers work on padding there, see `Planner`.
     """
     tokens = args.max_batch_tokens
     if tokens == "auto":
         tokens = 1024 if on_cpu else 16384
-    planner = Planner(args.max_batch_rows, tokens)
+    planner = Planner(args.max_batch_rows, tokens, padded=padded)
     if on_cpu:
         planner = replace(planner, max_stretch=1.25, short_tokens=8)
     return planner

@@ -18,7 +18,7 @@ from deployments.config import Args, ConfigError
 from deployments.errors import BatchLoopDied
 from deployments.journal import Journal
 from deployments.model.answers import as_data
-from deployments.model.budget import limits, make_planner
+from deployments.model.budget import Budget, limits
 from deployments.model.dynamic_batch import batch_queue, dynamic_batch, enter
 from deployments.model.engine import BadRow, make_engine
 from deployments.model.exchange import Exchange, Ways
@@ -68,7 +68,9 @@ class Model:
         vocabulary = export_vocabulary(self.engine.encoder)
         self._max_length = vocabulary["max_length"]
         self._pages = to_pages(vocabulary)
-        self.planner = make_planner(args, on_cpu=self.engine.device.type == "cpu")
+        on_cpu, padded = self.engine.device.type == "cpu", not self.engine.encoder.is_ragged
+        self._limits = partial(limits, on_cpu=on_cpu, padded=padded)
+        self.planner = Budget(self._limits(args))
         self._memory = take_stock(
             self.engine.encoder, self.planner.most_tokens, args.max_host_bytes
         )
@@ -112,7 +114,7 @@ class Model:
         """
         try:
             args = laid_over(self._args, user_config, MODEL_KEYS)
-            planner = limits(args, on_cpu=self.engine.device.type == "cpu")
+            planner = self._limits(args)
             self._memory.given(self.engine.encoder, planner.max_tokens, args.max_host_bytes).check()
         except ConfigError as error:
             logger.error("user_config of Model is refused, and nothing changes: %s", error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from contextlib import nullcontext
 from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -16,13 +17,13 @@ from transformers.utils import cached_file
 from adapters.geometry import Geometry, TaskType
 from deployments.base import BaseName
 from deployments.model.architectures import words
-from deployments.model.attention import steady
 from deployments.model.bank import Bank
 from deployments.model.checkpoint import Checkpoint
 from deployments.model.deltas import Deltas
 from deployments.model.graphs import Captured, on_cuda
 from deployments.model.heads import HeadGraph
 from deployments.model.layout import Layout, find_layout, is_target
+from deployments.model.ragged import install, ragged
 from deployments.model.quantize import Quantization, quantize
 from deployments.model.sites import EmbeddingSite, HeadSite, LinearSite, ShiftSite, Site
 from deployments.model.unpadded import unpad
@@ -102,9 +103,8 @@ class Encoder:
         prepare = words(self.model).prepare
         if prepare is not None:
             prepare(self.model)
-        if device.type == "cpu":
-            steady(self.model)
-        else:
+        self.is_ragged = device.type == "cpu" and install(self.model)
+        if device.type != "cpu":
             unpad(self.model, device, dtype)
 
     def _build_graphs(self, checkpoint: Checkpoint, layout: Layout) -> dict[TaskType, HeadGraph]:
@@ -155,7 +155,8 @@ class Encoder:
         self.bank.route(slots)
         encoded = self._captured.run(ids, mask, type_ids)
         if encoded is None:
-            encoded = self.model.base_model(input_ids=ids, attention_mask=mask, **segments)
+            with ragged(mask, self.bank.own()) if self.is_ragged else nullcontext():
+                encoded = self.model.base_model(input_ids=ids, attention_mask=mask, **segments)
         if not any(of_tokens):
             return Logits(self._graphs["SEQ_CLS"](encoded, ids, mask), None)
         if all(of_tokens):

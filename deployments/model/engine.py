@@ -214,8 +214,10 @@ class Engine:
         """Answer rows of any mix of slots with one forward; a row's problem stands in its place."""
         answers: list[Prediction | Exception | None] = [self.problem(row) for row in rows]
         good = [index for index, problem in enumerate(answers) if problem is None]
-        # Adapters that are packed alike share a product.
-        good.sort(key=lambda index: self.encoder.bank.likeness(rows[index].slot))
+        if self.encoder.is_ragged:  # rows of one length attend together
+            good.sort(key=lambda index: rows[index].num_tokens)
+        else:  # rows whose adapters are packed alike share a product
+            good.sort(key=lambda index: self.encoder.bank.likeness(rows[index].slot))
         if good:
             batch = [rows[index] for index in good]
             with fitting(len(batch) * max(row.num_tokens for row in batch)):

@@ -6,11 +6,16 @@ adapters change it. What no row changes costs nothing beyond the base's module.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional
 
-from deployments.model.bank import Bank, Run
+from deployments.model.bank import Bank, Tensors
+from deployments.model.ragged import packed
+
+Changed = Sequence[tuple[slice, Tensors]]
 
 
 class Site(nn.Module):
@@ -23,10 +28,17 @@ class Site(nn.Module):
         self.path = path
         self.bank = bank
 
-    def _changed(self) -> list[tuple[Run, dict[str, torch.Tensor]]]:
-        """Return the runs of the batch that change this module, with each row's own tensors."""
+    def _changed(self) -> Changed:
+        """Return which rows of the batch change this module, with their own tensors.
+
+        Of a padded batch those that lie together and are packed alike: what to index [rows, …]
+        with, and tensors [rows, …]. Of a ragged one each by itself: what to index [tokens, …] with.
+        """
+        batch = packed()
+        if batch is not None:
+            return batch.changed(self.path)
         return [
-            (run, {name: self.bank.gather(run, part) for name, part in parts.items()})
+            (run.rows, {name: self.bank.gather(run, part) for name, part in parts.items()})
             for run in self.bank.runs
             if (parts := run.sites.get(self.path))
         ]
@@ -55,48 +67,53 @@ class LinearSite(Site):
         if not changed:
             y: torch.Tensor = self.module(x)
             return y
-        num_rows, pooled = len(self.bank.rows), x.ndim == 2
-        if pooled:
-            x = x.unsqueeze(1)
-        shared = len(x) == 1 < num_rows
+        if packed() is not None:
+            return self._forward(x[0], changed).unsqueeze(0)
+        if x.ndim == 2:
+            return self._forward(x.unsqueeze(1), changed).squeeze(1)
+        return self._forward(x, changed)
+
+    def _forward(self, x: torch.Tensor, changed: Changed) -> torch.Tensor:
+        """Map [rows, tokens, in], or [tokens of all rows, in] of a ragged batch."""
+        num_rows = len(self.bank.rows)
+        shared = x.ndim == 3 and len(x) == 1 < num_rows
         if any("scale_in" in own for _, own in changed):
-            x, shared = x.expand(num_rows, -1, -1).clone(), False
-            for run, own in changed:
+            x, shared = (x.expand(num_rows, -1, -1) if shared else x).clone(), False
+            for rows, own in changed:
                 if "scale_in" in own:
-                    x[run.rows] *= 1 + own["scale_in"].unsqueeze(1)
-        y = self.module(x.squeeze(1) if pooled else x)
+                    x[rows] *= 1 + own["scale_in"].unsqueeze(-2)
+        y: torch.Tensor = self.module(x)
         if torch.is_grad_enabled():
             y = y.clone()  # what a quantised product gives may not be changed in place then
-        if pooled:
-            y = y.unsqueeze(1)
         if shared:
             x, y = x.expand(num_rows, -1, -1), y.repeat(num_rows, 1, 1)
-        for run, own in changed:
-            self._change(x[run.rows], y[run.rows], own)
-        return y.squeeze(1) if pooled else y
+        for rows, own in changed:
+            self._change(x[rows], y[rows], own)
+        return y
 
-    def _change(self, x: torch.Tensor, y: torch.Tensor, own: dict[str, torch.Tensor]) -> None:
-        """Change y, [rows of a run, tokens, out], in place."""
-        if len(x) == 1:
+    def _change(self, x: torch.Tensor, y: torch.Tensor, own: Tensors) -> None:
+        """Change y in place: [rows of a run, tokens, out], or of one row [tokens, out]."""
+        if x.ndim == 3 and len(x) == 1:
             pair = y.repeat(2, 1, 1)
             self._change(x.expand(2, -1, -1), pair, {n: _twice(t) for n, t in own.items()})
             y.copy_(pair[:1])
             return
         if "weight" in own:
-            y.copy_(x @ own["weight"].transpose(1, 2))
+            y.copy_(x @ own["weight"].mT)
             if "bias" in own:
-                y += own["bias"].unsqueeze(1)
+                y += own["bias"].unsqueeze(-2)
             return
         if "gain" in own:
             bias = getattr(self.module, "bias", None)
-            y += (y if bias is None else y - bias) * own["gain"].unsqueeze(1)
+            y += (y if bias is None else y - bias) * own["gain"].unsqueeze(-2)
         if "lora" in own:
-            a, b = own["lora"].split((x.shape[2], y.shape[2]), dim=2)
-            y.baddbmm_(x @ a.transpose(1, 2), b)
+            lora, width = own["lora"], x.shape[-1]
+            add = y.addmm_ if y.ndim == 2 else y.baddbmm_
+            add(x @ lora[..., :width].mT, lora[..., width:])
         if "shift" in own:
-            y += own["shift"].unsqueeze(1)
+            y += own["shift"].unsqueeze(-2)
         if "scale_out" in own:
-            y *= 1 + own["scale_out"].unsqueeze(1)
+            y *= 1 + own["scale_out"].unsqueeze(-2)
 
 
 class EmbeddingSite(Site):
@@ -142,17 +159,20 @@ class ShiftSite(Site):
         changed = self._changed()
         if not changed:
             return y
-        if self.rowless:
+        ragged = packed() is not None
+        if ragged:
+            x, y = x[0], y[0]
+        elif self.rowless:
             num_rows = len(self.bank.rows)
             x, y = x.expand(num_rows, *x.shape), y.repeat(num_rows, *[1] * y.ndim)
-        pooled = y.ndim == 2
-        for run, own in changed:
-            vectors = {n: v if pooled else v.unsqueeze(self.token_dim) for n, v in own.items()}
+        plain = ragged or y.ndim == 2  # vectors are as they lie
+        for rows, own in changed:
+            vectors = own if plain else {n: v.unsqueeze(self.token_dim) for n, v in own.items()}
             if "weight" in own:
-                y[run.rows] = _normed(self.module, x[run.rows]) * vectors["weight"]
+                y[rows] = _normed(self.module, x[rows]) * vectors["weight"]
             for name in {"shift", "bias"} & own.keys():
-                y[run.rows] += vectors[name]
-        return y
+                y[rows] += vectors[name]
+        return y.unsqueeze(0) if ragged else y
 
 
 class HeadSite(nn.Module):

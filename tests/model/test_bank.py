@@ -238,14 +238,26 @@ def engine(tiny_base: str, make_adapter: Callable[..., PeftModel], tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("slots", "num_products"), [([1, 1], 2), ([2], 3), ([1, 2], 5), ([2, 1, 1], 5)]
+    ("slots", "num_products", "num_by_row"),
+    [([1, 1], 2, 4), ([2], 3, 3), ([1, 2], 5, 5), ([2, 1, 1], 5, 7)],
 )
+@pytest.mark.parametrize("ragged", [True, False])
 def test_a_site_that_no_row_of_the_batch_uses_does_not_run(
-    engine: Engine, slots: list[int], num_products: int, monkeypatch: pytest.MonkeyPatch
+    engine: Engine,
+    slots: list[int],
+    num_products: int,
+    num_by_row: int,
+    ragged: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    assert engine.encoder.is_ragged
+    engine.encoder.is_ragged = ragged
+    if ragged:
+        num_products = num_by_row
     products = []
-    real = torch.Tensor.baddbmm_
-    monkeypatch.setattr(torch.Tensor, "baddbmm_", lambda *given: products.append(1) or real(*given))
+    name = "addmm_" if ragged else "baddbmm_"
+    real = getattr(torch.Tensor, name)
+    monkeypatch.setattr(torch.Tensor, name, lambda *given: products.append(1) or real(*given))
     with torch.inference_mode():
         engine.logits([Row(slot, Tokens([5, 6, 7])) for slot in slots])
     assert len(products) == num_products

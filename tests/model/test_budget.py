@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from deployments.config import Args
-from deployments.model.budget import Budget, make_planner
+from deployments.model.budget import Budget, limits
 from deployments.model.deployment import Model
 from deployments.model.dynamic_batch import dynamic_batch
 from deployments.model.engine import BadRow
@@ -160,7 +160,7 @@ async def test_the_deployment_notes_the_rows_that_ran() -> None:
 )
 def test_a_device_has_its_own_budget(device: str, given: Any, most: int, tmp_path: Any) -> None:
     args = Args(base_model="org/name", adapter_store=str(tmp_path), max_batch_tokens=given)
-    planner = make_planner(args, on_cpu=device == "cpu")
+    planner = Budget(limits(args, on_cpu=device == "cpu", padded=True))
     planner.note([most], 1e-6)
     assert planner.max_tokens == most
 

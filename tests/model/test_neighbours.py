@@ -72,10 +72,12 @@ def test_a_neighbour_with_activations_20_times_larger_changes_no_answer(
     mixed_rows: list[Row],
 ) -> None:
     engine, loud = example_engine(quantization), 5
+    begins = sum(row.num_tokens for row in mixed_rows[:loud])  # rows lie behind one another
+    ends = begins + mixed_rows[loud].num_tokens
 
     def shout(_: str, x: torch.Tensor) -> torch.Tensor:
         x = x.clone()
-        x[loud] *= LOUDER
+        x.view(-1, x.shape[-1])[begins:ends] *= LOUDER
         return x
 
     quiet = logits_of(engine, mixed_rows)

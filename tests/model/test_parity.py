@@ -21,6 +21,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.nn import functional
 from transformers import AutoModelForSequenceClassification
 
 from adapters.directory import Directory
@@ -46,10 +47,20 @@ class Side:
     num_labels: dict[str, int]
 
     def run(self, rows: Sequence[Row], width: int) -> tuple[torch.Tensor, Inputs]:
-        """Returns logits, and the input of every linear of the base."""
+        """Returns logits, and the input of every linear of the base, padded; padding is 0."""
         inputs: Inputs = {}
         with torch.inference_mode(), self.on_inputs(self.linears, inputs.__setitem__):
-            return self.engine.logits(rows, width), inputs
+            logits = self.engine.logits(rows, width)
+        lengths = [row.num_tokens for row in rows]
+        return logits, {path: padded(x, lengths, width) for path, x in inputs.items()}
+
+
+def padded(x: torch.Tensor, lengths: Sequence[int], width: int) -> torch.Tensor:
+    """Puts what the engine has as [tokens of all rows, in] as PEFT has it; leaves a pooled one."""
+    if len(x) == len(lengths):
+        return x.flatten(0, -2)
+    rows = x.reshape(-1, x.shape[-1]).split(lengths)
+    return torch.stack([functional.pad(row, (0, 0, 0, width - len(row))) for row in rows])
 
 
 @pytest.fixture(scope="module", params=["none", "int8", "nf4"])
@@ -110,11 +121,14 @@ def oracle(side: Side, example_base: str, example_store: Directory) -> Callable[
 
 def ask(peft: PeftModel, rows: Sequence[Row], width: int) -> torch.Tensor:
     ids = torch.tensor([row.tokens.ids + [0] * (width - row.num_tokens) for row in rows])
-    lengths = torch.tensor([row.num_tokens for row in rows])
-    mask = (torch.arange(width) < lengths.unsqueeze(1)).long()
     with torch.inference_mode():
-        logits: torch.Tensor = peft(input_ids=ids, attention_mask=mask).logits
+        logits: torch.Tensor = peft(input_ids=ids, attention_mask=mask_of(rows, width)).logits
     return logits
+
+
+def mask_of(rows: Sequence[Row], width: int) -> torch.Tensor:
+    lengths = torch.tensor([row.num_tokens for row in rows])
+    return (torch.arange(width) < lengths.unsqueeze(1)).long()
 
 
 def ask_forced(
@@ -122,9 +136,11 @@ def ask_forced(
 ) -> torch.Tensor:
     """Asks PEFT, which must arrive at the recorded inputs and then goes on with them."""
     checked = []
+    real = mask_of(rows, width).bool().unsqueeze(2)
 
     def force(path: str, x: torch.Tensor) -> torch.Tensor:
         want = recorded[path]
+        x = x * real if x.ndim == 3 else x  # padding has no say
         error = (x - want).abs().max() / want.abs().max()
         assert error <= INPUT_TOLERANCE, f"{path} sees another input: {error:.1e}"
         checked.append(path)

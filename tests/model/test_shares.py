@@ -64,10 +64,8 @@ def singles(share: str, num: int, tokens: int = 20, priority: Priority = "normal
 
 def fits(items: Sequence[Item]) -> bool:
     lengths = [item.num_tokens for item in items]
-    return len(items) == 1 or (
-        len(items) <= PLANNER.max_rows
-        and len(items) * max(lengths) <= PLANNER.max_tokens
-        and PLANNER.may_share(max(lengths), min(lengths))
+    return len(items) == 1 or PLANNER.holds(
+        len(items), max(lengths), min(lengths), total=sum(lengths)
     )
 
 
