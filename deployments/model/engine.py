@@ -214,9 +214,7 @@ class Engine:
         """Answer rows of any mix of slots with one forward; a row's problem stands in its place."""
         answers: list[Prediction | Exception | None] = [self.problem(row) for row in rows]
         good = [index for index, problem in enumerate(answers) if problem is None]
-        if self.encoder.is_ragged:  # rows of one length attend together
-            good.sort(key=lambda index: rows[index].num_tokens)
-        else:  # rows whose adapters are packed alike share a product
+        if not self.encoder.is_ragged:  # rows whose adapters are packed alike share a product
             good.sort(key=lambda index: self.encoder.bank.likeness(rows[index].slot))
         if good:
             batch = [rows[index] for index in good]

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from deployments.model.fp32 import Fp32Linear, has_onednn
 from deployments.model.int8 import Int8Linear, int8_is_exact
 
 Quantization = Literal["none", "int8", "nf4"]
@@ -45,24 +46,28 @@ def quantize(
 ) -> None:
     """Replace every linear of a model in place, but those whose module path is in `skip`.
 
-    A linear that the checkpoint brings quantised stays as it is.
+    A linear that the checkpoint brings quantised stays as it is, as do all that are not to be
+    quantised, but on a CPU in fp32, where they are computed faster.
     """
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             _stay_exact(module)
-    if quantization == "none":
+    if quantization == "none" and not (device.type == "cpu" and has_onednn()):
         return
     kinds = (nn.Linear, Conv1D)
     linears = [(n, m) for n, m in model.named_modules() if type(m) in kinds and n not in skip]
     for path, module in linears:
-        linear = _as_linear(module)
         parent, _, name = path.rpartition(".")
-        new: nn.Module
-        if device.type == "cpu" and quantization == "int8":
-            new = Int8Linear(linear)
-        else:
-            new = _bitsandbytes(linear, quantization, device)
+        new = _quantized(_as_linear(module), quantization, device)
         setattr(model.get_submodule(parent), name, new)
+
+
+def _quantized(linear: nn.Linear, quantization: Quantization, device: torch.device) -> nn.Module:
+    if quantization == "none":
+        return Fp32Linear(linear) if linear.weight.dtype == torch.float32 else linear
+    if quantization == "int8" and device.type == "cpu":
+        return Int8Linear(linear)
+    return _bitsandbytes(linear, quantization, device)
 
 
 def _as_linear(module: nn.Module) -> nn.Linear:

@@ -58,12 +58,6 @@ class Ragged:
         pairs = zip(self.spans, self.own, strict=True)
         return [(span, parts) for span, own in pairs if (parts := own.get(path))]
 
-    def groups(self) -> Iterator[tuple[slice, int, int]]:
-        """Go through neighbours of one length: where they lie, how many they are, the length."""
-        for length, spans in itertools.groupby(self.spans, key=lambda span: span.stop - span.start):
-            first, *others = spans
-            yield slice(first.start, (others or [first])[-1].stop), 1 + len(others), length
-
     def pack(self, given: Any) -> Any:
         """Put rows behind one another, in tensors [rows or 1, tokens, …] and tuples of such."""
         if isinstance(given, tuple):
@@ -195,19 +189,19 @@ def _attend(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend as `sdpa` does, [rows, heads, tokens, size] each; neighbours of one length at once."""
+    """Attend as `sdpa` does, [rows, heads, tokens, size] each; of a ragged batch row by row.
+
+    Rows of one length at a time would take as long: the kernel goes head by head.
+    """
     answer: tuple[torch.Tensor, None]
     batch = packed()
     if batch is None:
         answer = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return answer
+    lengths = [span.stop - span.start for span in batch.spans]
+    rows = zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True)
     parts = []
-    for span, count, length in batch.groups():
-        rows = (
-            part[0, :, span].unflatten(1, (count, length)).transpose(0, 1)
-            for part in (query, key, value)
-        )
+    for length, row in zip(lengths, rows, strict=True):
         mask = None if attention_mask is None else attention_mask[:, :, :length, :length]
-        attended, _ = sdpa_attention_forward(module, *rows, mask, **kwargs)
-        parts.append(attended.flatten(0, 1))
-    return torch.cat(parts).unsqueeze(0), None
+        parts.append(sdpa_attention_forward(module, *row, mask, **kwargs)[0])
+    return torch.cat(parts, dim=1), None

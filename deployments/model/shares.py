@@ -27,6 +27,9 @@ _TURN_TOKENS = 256
 _MOST_BESIDE = 16
 # A batch is filled in so many turns, in each of which everyone may have a part of it.
 _TURNS = 8
+# Of a batch that holds all rows of some tasks: beside these, tasks that have more waiting than a
+# batch holds fill it up to so much. The former wait for all of it, the latter wait anyway.
+_BESIDE_OTHERS = 0.5
 # Of more tasks than these, the others only have what they leave.
 _MOST_COMPARED = 128
 
@@ -60,6 +63,7 @@ class _Task:
     served: float
     clock: float = 0.0
     num_rows: int = 0
+    num_tokens: int = 0
     requests: dict[int, _Request] = field(default_factory=dict)
     heaps: dict[int, list[tuple[float, int, Waiter]]] = field(default_factory=dict)
 
@@ -112,6 +116,7 @@ class Shares:
         request.num_tokens += length
         request.num_rows += 1
         task.num_rows += 1
+        task.num_tokens += length
         self._number += 1
         due = request.start + -(-request.num_tokens // _TURN_TOKENS) * _TURN_TOKENS
         heapq.heappush(task.heaps.setdefault(length, []), (due, self._number, waiter))
@@ -162,10 +167,19 @@ class Shares:
             lags = {n: self._fill(filling, n, tasks, limit, taken) for n in lengths}
             lengths = [n for n in lengths if lags[n] < math.inf]
             limit = max(limit, min(lags.values()))
+            if self._suffices(filling, tasks):
+                return
         for length in filling.near(self._at):
             for task in list(self._at.get(length, ())):
                 while length in task.heaps and filling.offer(length):
                     taken.append(self._pop(task, length))
+
+    def _suffices(self, filling: Filling, tasks: Sequence[_Task]) -> bool:
+        """Whether what is left to go is of tasks that wait anyway, and others would wait for it."""
+        most = filling.max_tokens
+        if filling.num_tokens < _BESIDE_OTHERS * most or all(task.num_rows for task in tasks):
+            return False
+        return all(task.num_tokens > most for task in tasks if task.num_rows)
 
     def _fill(
         self,
@@ -227,6 +241,7 @@ class Shares:
         if not request.num_rows:
             del task.requests[waiter.row.request]
         task.num_rows -= 1
+        task.num_tokens -= waiter.row.num_tokens
         self._num_rows -= 1
         self.num_tokens -= waiter.row.num_tokens
         if not task.num_rows:

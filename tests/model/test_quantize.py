@@ -9,12 +9,14 @@ from torch.nn.functional import linear as product
 from transformers import AutoModelForSequenceClassification
 
 from deployments.model.engine import Engine
+from deployments.model.fp32 import Fp32Linear, has_onednn
 from deployments.model.int8 import Int8Linear, int8_is_exact
 from deployments.model.quantize import _bitsandbytes, choose, quantize
 from deployments.model.sites import HeadSite
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-CLASSES = {"none": nn.Linear, "int8": Int8Linear, "nf4": bitsandbytes.nn.Linear4bit}
+IN_FP32 = Fp32Linear if has_onednn() else nn.Linear
+CLASSES = {"none": IN_FP32, "int8": Int8Linear, "nf4": bitsandbytes.nn.Linear4bit}
 
 
 @pytest.fixture
@@ -108,6 +110,36 @@ def test_int8_answers_the_same_with_and_without_gradients_and_changes_nothing(
         assert torch.equal(int8(x), answer)
     assert torch.equal(x, given)
     assert torch.equal(linear.bias, bias)
+
+
+@pytest.mark.skipif(not has_onednn(), reason="torch has no oneDNN here")
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_fp32_by_onednn_is_the_linear(linear: nn.Linear, x: torch.Tensor, with_bias: bool) -> None:
+    if not with_bias:
+        linear.bias = None
+    fast, bias = Fp32Linear(linear), linear.bias.double() if with_bias else None
+    want = product(x.double(), linear.weight.double(), bias)
+    for given in (x, x[0], x[0, :1], x.transpose(0, 1)):  # of any shape, and not in one piece
+        with torch.inference_mode():
+            got = fast(given)
+        of = want if given is x else fast(given)  # with a gradient torch's own
+        assert got.shape == of.shape
+        assert (got - of).abs().max() <= 1e-4 * want.abs().max()
+    assert fast.weight is linear.weight
+
+
+@pytest.mark.skipif(not has_onednn(), reason="torch has no oneDNN here")
+def test_fp32_by_onednn_has_the_gradients_of_the_linear(linear: nn.Linear, x: torch.Tensor) -> None:
+    one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    Fp32Linear(linear)(one).square().sum().backward()
+    linear(other).square().sum().backward()
+    assert other.grad is not None
+    assert torch.equal(one.grad, other.grad)
+
+
+def test_another_dtype_than_fp32_stays_as_it_is() -> None:
+    linear = nn.Linear(8, 4, dtype=torch.bfloat16)
+    assert quantized(linear, "none") is linear
 
 
 def test_int8_treats_each_token_by_itself(linear: nn.Linear, x: torch.Tensor) -> None:

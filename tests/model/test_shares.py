@@ -19,6 +19,8 @@ from deployments.model.waiter import Waiter
 PLANNER = Planner(max_rows=16, max_tokens=512, max_stretch=1.25, short_tokens=8)
 PRIORITIES: tuple[Priority, ...] = ("high", "normal", "low")
 NUMBERS = count()
+RAGGED = Planner(max_rows=64, max_tokens=512, padded=False)
+MOST_ROWS = 4096  # that a replica lets in
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,27 @@ def fits(items: Sequence[Item]) -> bool:
     )
 
 
+def test_beside_others_a_flood_fills_half_of_a_batch() -> None:
+    most, flood = RAGGED.max_tokens, singles("flood", 500)
+    alone, beside = Shares(), Shares()
+    wait(alone, *flood)
+    wait(beside, *flood, *singles("lone", 1))
+    full, half = (
+        sum(item.num_tokens for item in take(shares, RAGGED)) for shares in (alone, beside)
+    )
+    assert full > most - 20
+    assert most / 2 <= half <= most * (1 / 2 + 1 / 8) + 20
+    # It had its row, so nobody waits for the next one but who waits anyway.
+    assert sum(item.num_tokens for item in take(beside, RAGGED)) > most - 20
+
+
+def test_tasks_that_a_batch_can_end_fill_all_of_it() -> None:
+    shares, num_rows = Shares(), RAGGED.max_tokens // 20
+    wait(shares, *singles("a", 1), *singles("b", num_rows // 2), *singles("c", num_rows // 2 - 2))
+    assert {item.share for item in take(shares, RAGGED)} == {*"abc"}
+    assert not shares
+
+
 @given(st.lists(ITEMS, min_size=1, max_size=120), st.randoms(use_true_random=False))
 @settings(max_examples=150, deadline=None)
 def test_every_row_goes_once_in_batches_that_fit(items: list[Item], dice: random.Random) -> None:
@@ -96,7 +119,7 @@ def test_every_row_goes_once_in_batches_that_fit(items: list[Item], dice: random
 @given(st.lists(EQUALS, max_size=60), st.lists(EQUALS, min_size=1, max_size=12), EQUALS)
 @settings(max_examples=20, deadline=None, phases=(Phase.generate,))
 def test_no_row_waits_for_ever(before: list[Item], flood: list[Item], item: Item) -> None:
-    """Whatever comes with every batch, twice as much as one takes, a row has its turn."""
+    """Whatever comes with every batch, twice as much as one takes while there is room for it."""
     shares = Shares()
     wait(shares, *before)
     (waiter,) = wait(shares, item)
@@ -104,9 +127,9 @@ def test_no_row_waits_for_ever(before: list[Item], flood: list[Item], item: Item
     while not waiter.gone:
         take(shares)
         num_batches += 1
-        for _ in range(2 * PLANNER.max_rows // len(flood) + 1):
+        for _ in range(2 * PLANNER.max_rows // len(flood) + 1 if len(shares) < MOST_ROWS else 0):
             wait(shares, *(Item(i.num_tokens, i.share, next(NUMBERS), i.priority) for i in flood))
-        assert num_batches < 1500
+        assert num_batches < MOST_ROWS
     assert waiter.gone
 
 
