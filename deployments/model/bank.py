@@ -224,7 +224,9 @@ class Bank:
 
     def own(self) -> list[Own]:
         """Return what each row's adapter changes, in the compute dtype; not to be kept."""
-        return [seat.own or self._own(seat) for seat in self.rows]
+        seats = {id(seat): seat for seat in self.rows}
+        own = {key: seat.own or self._own(seat) for key, seat in seats.items()}
+        return [own[id(seat)] for seat in self.rows]
 
     def _own(self, seat: Seat) -> Own:
         in_one = len(seat.pieces) == 1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from contextlib import nullcontext
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import NamedTuple
 
@@ -23,8 +23,8 @@ from deployments.model.deltas import Deltas
 from deployments.model.graphs import Captured, on_cuda
 from deployments.model.heads import HeadGraph
 from deployments.model.layout import Layout, find_layout, is_target
-from deployments.model.ragged import install, ragged
 from deployments.model.quantize import Quantization, quantize
+from deployments.model.ragged import install, ragged
 from deployments.model.sites import EmbeddingSite, HeadSite, LinearSite, ShiftSite, Site
 from deployments.model.unpadded import unpad
 

@@ -6,8 +6,8 @@ tokens, [1, tokens of all rows, …]: what works token by token need not know, a
 row, and sites change each row's part. Before and behind, embeddings and heads have padded rows as
 transformers means them.
 
-No row's numbers depend on the lengths of others, nor on how many there are: its products by row
-have its own shape.
+What is computed by row has that row's own shape, and int8 products are exact: so in int8 no layer
+gives a row other numbers beside other rows. In fp32 a product of more tokens may round otherwise.
 """
 
 from __future__ import annotations
@@ -100,7 +100,10 @@ def ragged(mask: torch.Tensor, own: Sequence[Own]) -> Iterator[None]:
     ends = itertools.accumulate(mask.sum(1).tolist(), initial=0)
     spans = [slice(start, stop) for start, stop in itertools.pairwise(ends)]
     real = mask.flatten().nonzero().squeeze(1)
-    token = _running.set(Ragged((len(mask), mask.shape[1]), real, spans, own))
+    batch = Ragged((len(mask), mask.shape[1]), real, spans, own)
+    # Padded by no longest row, but to a width that was asked for: what is packed looks padded then.
+    is_like_packed = mask.shape[1] == len(real) and len(mask) > 1
+    token = _running.set(None if is_like_packed else batch)
     try:
         yield
     finally:

@@ -205,6 +205,13 @@ class HeadSite(nn.Module):
         Within the encoder the result has the dtype of the input. A row whose adapter has no such
         module (a classifier of tokens has no pooler) gets zeros, which nobody reads.
         """
+        batch = packed()
+        if batch is not None:  # a module that the base has not, within its layers
+            answer: torch.Tensor = batch.pack(self._forward(batch.pad(x)))
+            return answer
+        return self._forward(x)
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
         dtype = x.dtype if self.within else torch.float32
         rows = (x.unsqueeze(1) if x.ndim == 2 else x).float()
         found = list(self.bank.gather_head(self.name))
