@@ -97,7 +97,8 @@ def run(engine: Engine, batches: list[list[Row]]) -> list[list[Row]]:
 
 def run_planned(engine: Engine, rows: Sequence[Row], depth: int) -> list[list[Row]]:
     """Empty a queue as the server does, so many rows in it at a time."""
-    planner, shares, batches = example_planner(), Shares(), []
+    planner, batches = example_planner(), []
+    shares = Shares(padded=planner.padded)
     coming = iter(rows)
 
     def wait(num_rows: int) -> None:
@@ -118,7 +119,8 @@ def run_planned(engine: Engine, rows: Sequence[Row], depth: int) -> list[list[Ro
 
 def pick_s(lengths: list[int]) -> float:
     """What a choice takes among so many rows, each of a request of its own."""
-    planner, shares = example_planner(), Shares()
+    planner = example_planner()
+    shares = Shares(padded=planner.padded)
     planner.note([1024], 0.1)
     for index, length in enumerate(lengths):
         shares.add(Waiter(Row(1, Tokens([0] * length), request=index)))

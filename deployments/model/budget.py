@@ -56,6 +56,11 @@ class Budget:
         self._answered, self._asked_at_s = 0, time.monotonic()
 
     @property
+    def padded(self) -> bool:
+        """Whether layers work on padding, so that rows of like length belong together."""
+        return self._planner.padded
+
+    @property
     def most_tokens(self) -> int:
         """Most tokens of any forward."""
         return self._planner.max_tokens

@@ -43,7 +43,7 @@ class BatchQueue:
         """
         self._forward = forward
         self._planner = planner
-        self._waiting = Shares()
+        self._waiting = Shares(padded=planner.padded)
         self._deadlines: list[tuple[float, int, Waiter]] = []
         self._numbers = itertools.count()
         self.running_tokens = 0

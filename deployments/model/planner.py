@@ -83,11 +83,6 @@ class Filling:
         return self._planner.max_tokens
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens that it has, as the planner counts them."""
-        return self._num_rows * self._longest if self._planner.padded else self._total
-
-    @property
     def full(self) -> bool:
         """Whether no row at all has room in it."""
         # The least that another could be: it must not stretch, and has a token.

@@ -22,20 +22,25 @@ from deployments.model.waiter import Waiter, Waits
 WEIGHTS: dict[Priority, int] = {"high": 16, "normal": 4, "low": 1}
 # Beside other requests of its task, a request has its turn for so many tokens at a time: of those
 # the ones go that fit best. Short ones have their turns in the order they came.
-_TURN_TOKENS = 256
+_TURN_TOKENS = 64
 # Beside more requests than these it waits no longer: else it would for ever, as more and more come.
 _MOST_BESIDE = 16
 # A batch is filled in so many turns, in each of which everyone may have a part of it.
 _TURNS = 8
-# Of a batch that holds all rows of some tasks: beside these, tasks that have more waiting than a
-# batch holds fill it up to so much. The former wait for all of it, the latter wait anyway.
-_BESIDE_OTHERS = 0.5
+# Of a batch in which all rows of some tasks go, tasks with more than a batch of them have so much:
+# the former wait for all of it, the latter wait anyway. And so much have the latter of each of the
+# next batches, in which nobody else goes: who was answered asks again, and would wait for it.
+_BESIDE_OTHERS, _BEFORE_OTHERS, _NUM_BEFORE = 1 / 8, 1 / 2, 16
 # Of more tasks than these, the others only have what they leave.
 _MOST_COMPARED = 128
 
 
 class Starts(Protocol):
     """What limits a batch; see `deployments.model.planner.Planner`."""
+
+    @property
+    def padded(self) -> bool:
+        """Whether rows of like length belong together."""
 
     def start(self, length: int) -> Filling:
         """Begin a batch with a row of so many tokens."""
@@ -55,7 +60,7 @@ class _Task:
     Attributes:
         served: Tokens that went, on the level's clock.
         clock: What each of its requests has had, if each had the same and they are not many.
-        heaps: Rows by length; of each (when it is due on the clock, number, row).
+        heaps: Rows by kind; of each (when it is due on the clock, number, row).
     """
 
     name: str
@@ -68,8 +73,13 @@ class _Task:
     heaps: dict[int, list[tuple[float, int, Waiter]]] = field(default_factory=dict)
 
     def first(self) -> int:
-        """Return the length of the row that is due first."""
-        return min(self.heaps, key=lambda length: self.heaps[length][0][:2])
+        """Return the kind of the row that is due first."""
+        return min(self.heaps, key=lambda kind: self.heaps[kind][0][:2])
+
+    def next_length(self, kind: int) -> int:
+        """Return the tokens of the next row of a kind."""
+        row: Waits = self.heaps[kind][0][2].row
+        return row.num_tokens
 
 
 @dataclass(slots=True, eq=False)
@@ -86,12 +96,15 @@ class _Level:
 class Shares:
     """Rows that wait, and which go next.
 
+    Rows are of a kind if they are of a length, or all of one if it does not matter.
+
     Attributes:
         num_tokens: Of all rows that wait.
     """
 
-    def __init__(self) -> None:
-        """Begin with none."""
+    def __init__(self, *, padded: bool = True) -> None:
+        """Begin with none; `padded` says whether rows of like length belong together."""
+        self._padded = padded
         self._number = 0
         self._start()
 
@@ -100,7 +113,8 @@ class Shares:
         self.num_tokens = self._num_rows = self._num_gone = 0
         self._levels = {name: _Level(weight) for name, weight in WEIGHTS.items()}
         self._clock = 0.0
-        self._at: dict[int, dict[_Task, None]] = {}  # whose rows there are, by length
+        self._num_before = 0  # batches that are kept short for tasks that were answered
+        self._at: dict[int, dict[_Task, None]] = {}  # whose rows there are, by kind
 
     def __len__(self) -> int:
         """How many rows wait."""
@@ -119,8 +133,9 @@ class Shares:
         task.num_tokens += length
         self._number += 1
         due = request.start + -(-request.num_tokens // _TURN_TOKENS) * _TURN_TOKENS
-        heapq.heappush(task.heaps.setdefault(length, []), (due, self._number, waiter))
-        self._at.setdefault(length, {})[task] = None
+        kind = self._kind(waiter)
+        heapq.heappush(task.heaps.setdefault(kind, []), (due, self._number, waiter))
+        self._at.setdefault(kind, {})[task] = None
         waiter.gone = False
         self._num_rows += 1
         self.num_tokens += length
@@ -155,78 +170,91 @@ class Shares:
         level = min(waiting, key=lambda level: level.served)  # of equal ones the highest
         self._clock = max(self._clock, level.served)
         task = min(level.tasks.values(), key=lambda task: task.served)
-        length = task.first()
-        filling = planner.start(length)
-        taken.append(self._pop(task, length))
+        kind = task.first()
+        filling = planner.start(task.next_length(kind))
         tasks = [task for level in waiting for task in level.tasks.values()]
+        taken.append(self._pop(task, kind))
         if len(tasks) > _MOST_COMPARED:
             tasks = heapq.nsmallest(_MOST_COMPARED, tasks, key=self._ahead)
-        limit, lengths = 0.0, filling.near(self._at)
-        while lengths and not filling.full:
+        self._num_before = max(0, self._num_before - 1)
+        limit, kinds = 0.0, filling.near(self._at)
+        while kinds and not filling.full:
             limit += filling.max_tokens / _TURNS
-            lags = {n: self._fill(filling, n, tasks, limit, taken) for n in lengths}
-            lengths = [n for n in lengths if lags[n] < math.inf]
+            lags = {kind: self._fill(filling, kind, tasks, limit, taken) for kind in kinds}
+            kinds = [kind for kind in kinds if lags[kind] < math.inf]
             limit = max(limit, min(lags.values()))
-            if self._suffices(filling, tasks):
+            if self._suffices(filling.max_tokens, tasks, taken):
                 return
-        for length in filling.near(self._at):
-            for task in list(self._at.get(length, ())):
-                while length in task.heaps and filling.offer(length):
-                    taken.append(self._pop(task, length))
+        for kind in filling.near(self._at):
+            for task in list(self._at.get(kind, ())):
+                while kind in task.heaps and filling.offer(task.next_length(kind)):
+                    taken.append(self._pop(task, kind))
 
-    def _suffices(self, filling: Filling, tasks: Sequence[_Task]) -> bool:
-        """Whether what is left to go is of tasks that wait anyway, and others would wait for it."""
-        most = filling.max_tokens
-        if filling.num_tokens < _BESIDE_OTHERS * most or all(task.num_rows for task in tasks):
+    def _suffices(self, most: int, tasks: Sequence[_Task], taken: Sequence[Waiter]) -> bool:
+        """Whether only such tasks have rows left as wait anyway, and others would wait for more."""
+        left = {task.name: task for task in tasks if task.num_rows}
+        if any(task.num_tokens <= most for task in left.values()):
             return False
-        return all(task.num_tokens > most for task in tasks if task.num_rows)
+        part = 1.0
+        if len(left) < len(tasks):
+            self._num_before, part = _NUM_BEFORE, _BESIDE_OTHERS
+        elif self._num_before:
+            part = _BEFORE_OTHERS
+        return sum(one.row.num_tokens for one in taken if one.row.share in left) >= part * most
 
     def _fill(
         self,
         filling: Filling,
-        length: int,
+        kind: int,
         tasks: Sequence[_Task],
         limit: float,
         taken: list[Waiter],
     ) -> float:
-        """Take rows of a length, of tasks that have had no more than a limit over their share.
+        """Take rows of a kind, of tasks that have had no more than a limit over their share.
 
         Returns:
-            How much more the next one has had, in tokens; infinite if none of that length can go.
+            How much more the next one has had, in tokens; infinite if none of that kind can go.
         """
-        if not filling.fits(length):
+        if not filling.fits(kind):
             return math.inf
         lags = [
-            (self._lag(task, length), -task.level.weight, task.name, task)
+            (self._lag(task, kind), -task.level.weight, task.name, task)
             for task in tasks
-            if length in task.heaps
+            if kind in task.heaps
         ]
         heapq.heapify(lags)
-        while lags and filling.fits(length):
+        while lags:
             lag, rank, name, task = lags[0]
             if lag > limit:
                 return lag
-            filling.offer(length)
-            taken.append(self._pop(task, length))
-            if length in task.heaps:
-                heapq.heapreplace(lags, (self._lag(task, length), rank, name, task))
+            if not filling.offer(task.next_length(kind)):
+                heapq.heappop(lags)
+                continue
+            taken.append(self._pop(task, kind))
+            if kind in task.heaps:
+                heapq.heapreplace(lags, (self._lag(task, kind), rank, name, task))
             else:
                 heapq.heappop(lags)
         return math.inf
 
-    def _lag(self, task: _Task, length: int) -> float:
+    def _lag(self, task: _Task, kind: int) -> float:
         """Return how many tokens over its share a row is: as priority, as task or as request."""
         lag = self._ahead(task)
         if len(task.requests) == 1:  # nobody is kept waiting by whichever of its rows go
             return lag
-        return max(lag, task.heaps[length][0][0] - task.clock)
+        return max(lag, task.heaps[kind][0][0] - task.clock)
 
     def _ahead(self, task: _Task) -> float:
         return max(task.level.served - self._clock, task.served - task.level.clock)
 
-    def _pop(self, task: _Task, length: int) -> Waiter:
-        """Take the first row of a task and length, and count it as its service."""
-        waiter = heapq.heappop(task.heaps[length])[2]
+    def _kind(self, waiter: Waiter) -> int:
+        row: Waits = waiter.row
+        return row.num_tokens if self._padded else 0
+
+    def _pop(self, task: _Task, kind: int) -> Waiter:
+        """Take the first row of a task and kind, and count it as its service."""
+        waiter = heapq.heappop(task.heaps[kind])[2]
+        length: int = waiter.row.num_tokens
         task.clock += length / min(len(task.requests), _MOST_BESIDE)
         task.served += length
         task.level.served += length / task.level.weight
@@ -247,24 +275,24 @@ class Shares:
         if not task.num_rows:
             self._leave(task)
         else:
-            self._prune(task, waiter.row.num_tokens)
+            self._prune(task, self._kind(waiter))
 
-    def _prune(self, task: _Task, length: int) -> None:
+    def _prune(self, task: _Task, kind: int) -> None:
         """Bring a row that waits to the top of a heap; without one the heap goes."""
-        heap = task.heaps.get(length)
+        heap = task.heaps.get(kind)
         if heap is None:
             return
         while heap and heap[0][2].gone:
             heapq.heappop(heap)
             self._num_gone = max(0, self._num_gone - 1)
         if not heap:
-            del task.heaps[length]
-            self._unlist(task, length)
+            del task.heaps[kind]
+            self._unlist(task, kind)
 
-    def _unlist(self, task: _Task, length: int) -> None:
-        del self._at[length][task]
-        if not self._at[length]:
-            del self._at[length]
+    def _unlist(self, task: _Task, kind: int) -> None:
+        del self._at[kind][task]
+        if not self._at[kind]:
+            del self._at[kind]
 
     def _task(self, row: Waits) -> _Task:
         """Return a row's task; one that comes again has no more of a claim than who waited."""
@@ -280,8 +308,8 @@ class Shares:
     def _leave(self, task: _Task) -> None:
         """Take a task without rows out, and remember what it had until others have had as much."""
         level = task.level
-        for length in list(task.heaps):
-            self._unlist(task, length)
+        for kind in list(task.heaps):
+            self._unlist(task, kind)
         task.heaps.clear()
         del level.tasks[task.name]
         if task.served > level.clock:

@@ -71,22 +71,24 @@ def fits(items: Sequence[Item]) -> bool:
     )
 
 
-def test_beside_others_a_flood_fills_half_of_a_batch() -> None:
-    most, flood = RAGGED.max_tokens, singles("flood", 500)
-    alone, beside = Shares(), Shares()
-    wait(alone, *flood)
-    wait(beside, *flood, *singles("lone", 1))
-    full, half = (
-        sum(item.num_tokens for item in take(shares, RAGGED)) for shares in (alone, beside)
-    )
-    assert full > most - 20
-    assert most / 2 <= half <= most * (1 / 2 + 1 / 8) + 20
-    # It had its row, so nobody waits for the next one but who waits anyway.
-    assert sum(item.num_tokens for item in take(beside, RAGGED)) > most - 20
+def test_a_flood_leaves_batches_short_for_others_and_for_a_while_for_their_next_rows() -> None:
+    most, shares = RAGGED.max_tokens, Shares(padded=False)
+    wait(shares, *singles("flood", 2000))
+
+    def tokens_of_a_batch() -> int:
+        return sum(item.num_tokens for item in take(shares, RAGGED))
+
+    turn = most / 8 + 64 + 20  # what a turn may be over
+    assert tokens_of_a_batch() > most - 20
+    wait(shares, *singles("lone", 1))
+    assert most / 8 <= tokens_of_a_batch() - 20 <= most / 8 + turn
+    before = [tokens_of_a_batch() for _ in range(15)]
+    assert all(most / 2 <= part <= most / 2 + turn for part in before)
+    assert tokens_of_a_batch() > most - 20
 
 
 def test_tasks_that_a_batch_can_end_fill_all_of_it() -> None:
-    shares, num_rows = Shares(), RAGGED.max_tokens // 20
+    shares, num_rows = Shares(padded=False), RAGGED.max_tokens // 20
     wait(shares, *singles("a", 1), *singles("b", num_rows // 2), *singles("c", num_rows // 2 - 2))
     assert {item.share for item in take(shares, RAGGED)} == {*"abc"}
     assert not shares
