@@ -35,7 +35,7 @@ ROUNDS, WARM_S, LOAD_S = 2, 5.0, 8.0
 CONNECTIONS, TIMES = 256, 2.0
 # Before the open flood counts: until so many rows wait that more are refused.
 LEAD_S, MOST_CONNECTIONS = 6.0, 12_000
-BATCH = 64  # rows of a micro-batch at most
+BATCH = 48  # sentences that a micro-batch of 1,024 tokens holds
 URGENT = {"priority": "high", "latency_target_ms": 60}
 PACKAGES = ("ray",)
 

@@ -12,9 +12,9 @@ from adapters.errors import AdapterRefused
 from adapters.store import RULES, Files
 from deployments.base import BaseName
 from deployments.config import GIB, Args
-from deployments.model.bank import Packed
 from deployments.model.encoder import Encoder, Logits, default_dtype
 from deployments.model.fitting import fitting
+from deployments.model.packing import Packed
 from deployments.model.quantize import choose
 from deployments.model.scores import to_predictions
 from deployments.model.vocabulary import base_tokenizer

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
-from deployments.model.bank import Bank, Packing, Part, Run, Seat
+from deployments.model.bank import Bank, Run, Seat
+from deployments.model.packing import Packing, Part
 from deployments.model.sites import HeadSite
 
 logger = logging.getLogger("ray.serve")

@@ -27,7 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from deployments.model.bank import Own, Tensors
+from deployments.model.packing import Own, Tensors
 
 logger = logging.getLogger("ray.serve")
 
@@ -169,10 +169,10 @@ def _fault(model: PreTrainedModel) -> str | None:
                 got = encoder(input_ids=ids, attention_mask=mask)[0][real]
     except Exception as error:
         return repr(error)
-    error = float((got.float() - want.float()).abs().max())
+    off_by = float((got.float() - want.float()).abs().max())
     # What adds up over the layers is far less, and a row that sees another's tokens is off by far.
-    if not error <= torch.finfo(want.dtype).eps ** 0.5 * float(want.abs().max()):
-        return f"packed rows are off by {error:.2g}"
+    if not off_by <= torch.finfo(want.dtype).eps ** 0.5 * float(want.abs().max()):
+        return f"packed rows are off by {off_by:.2g}"
     return None
 
 
@@ -204,7 +204,7 @@ def _attend(
     lengths = [span.stop - span.start for span in batch.spans]
     rows = zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True)
     parts = []
-    for length, row in zip(lengths, rows, strict=True):
+    for length, (q, k, v) in zip(lengths, rows, strict=True):
         mask = None if attention_mask is None else attention_mask[:, :, :length, :length]
-        parts.append(sdpa_attention_forward(module, *row, mask, **kwargs)[0])
+        parts.append(sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0])
     return torch.cat(parts, dim=1), None

@@ -11,10 +11,10 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from adapters.rules import Priority
+from deployments.model.accounts import Level, Request, Task
 from deployments.model.planner import Filling
 from deployments.model.waiter import Waiter, Waits
 
@@ -46,53 +46,6 @@ class Starts(Protocol):
         """Begin a batch with a row of so many tokens."""
 
 
-@dataclass(slots=True, eq=False)
-class _Request:
-    start: float
-    num_tokens: int = 0  # of all its rows so far
-    num_rows: int = 0  # that wait
-
-
-@dataclass(slots=True, eq=False)
-class _Task:
-    """A task of which rows wait.
-
-    Attributes:
-        served: Tokens that went, on the level's clock.
-        clock: What each of its requests has had, if each had the same and they are not many.
-        heaps: Rows by kind; of each (when it is due on the clock, number, row).
-    """
-
-    name: str
-    level: _Level
-    served: float
-    clock: float = 0.0
-    num_rows: int = 0
-    num_tokens: int = 0
-    requests: dict[int, _Request] = field(default_factory=dict)
-    heaps: dict[int, list[tuple[float, int, Waiter]]] = field(default_factory=dict)
-
-    def first(self) -> int:
-        """Return the kind of the row that is due first."""
-        return min(self.heaps, key=lambda kind: self.heaps[kind][0][:2])
-
-    def next_length(self, kind: int) -> int:
-        """Return the tokens of the next row of a kind."""
-        row: Waits = self.heaps[kind][0][2].row
-        return row.num_tokens
-
-
-@dataclass(slots=True, eq=False)
-class _Level:
-    """A priority: its tasks of which rows wait, and what others had that may come again."""
-
-    weight: int
-    served: float = 0.0
-    clock: float = 0.0
-    tasks: dict[str, _Task] = field(default_factory=dict)
-    left: dict[str, float] = field(default_factory=dict)
-
-
 class Shares:
     """Rows that wait, and which go next.
 
@@ -111,10 +64,10 @@ class Shares:
     def _start(self) -> None:
         """Begin all accounts anew: whoever comes next has nobody to share with."""
         self.num_tokens = self._num_rows = self._num_gone = 0
-        self._levels = {name: _Level(weight) for name, weight in WEIGHTS.items()}
+        self._levels = {name: Level(weight) for name, weight in WEIGHTS.items()}
         self._clock = 0.0
         self._num_before = 0  # batches that are kept short for tasks that were answered
-        self._at: dict[int, dict[_Task, None]] = {}  # whose rows there are, by kind
+        self._at: dict[int, dict[Task, None]] = {}  # whose rows there are, by kind
 
     def __len__(self) -> int:
         """How many rows wait."""
@@ -126,7 +79,7 @@ class Shares:
         task, length = self._task(row), row.num_tokens
         request = task.requests.get(row.request)
         if request is None:
-            request = task.requests[row.request] = _Request(task.clock)
+            request = task.requests[row.request] = Request(task.clock)
         request.num_tokens += length
         request.num_rows += 1
         task.num_rows += 1
@@ -190,7 +143,7 @@ class Shares:
                 while kind in task.heaps and filling.offer(task.next_length(kind)):
                     taken.append(self._pop(task, kind))
 
-    def _suffices(self, most: int, tasks: Sequence[_Task], taken: Sequence[Waiter]) -> bool:
+    def _suffices(self, most: int, tasks: Sequence[Task], taken: Sequence[Waiter]) -> bool:
         """Whether only such tasks have rows left as wait anyway, and others would wait for more."""
         left = {task.name: task for task in tasks if task.num_rows}
         if any(task.num_tokens <= most for task in left.values()):
@@ -200,13 +153,14 @@ class Shares:
             self._num_before, part = _NUM_BEFORE, _BESIDE_OTHERS
         elif self._num_before:
             part = _BEFORE_OTHERS
-        return sum(one.row.num_tokens for one in taken if one.row.share in left) >= part * most
+        theirs: int = sum(one.row.num_tokens for one in taken if one.row.share in left)
+        return theirs >= part * most
 
     def _fill(
         self,
         filling: Filling,
         kind: int,
-        tasks: Sequence[_Task],
+        tasks: Sequence[Task],
         limit: float,
         taken: list[Waiter],
     ) -> float:
@@ -237,21 +191,21 @@ class Shares:
                 heapq.heappop(lags)
         return math.inf
 
-    def _lag(self, task: _Task, kind: int) -> float:
+    def _lag(self, task: Task, kind: int) -> float:
         """Return how many tokens over its share a row is: as priority, as task or as request."""
         lag = self._ahead(task)
         if len(task.requests) == 1:  # nobody is kept waiting by whichever of its rows go
             return lag
         return max(lag, task.heaps[kind][0][0] - task.clock)
 
-    def _ahead(self, task: _Task) -> float:
+    def _ahead(self, task: Task) -> float:
         return max(task.level.served - self._clock, task.served - task.level.clock)
 
     def _kind(self, waiter: Waiter) -> int:
         row: Waits = waiter.row
         return row.num_tokens if self._padded else 0
 
-    def _pop(self, task: _Task, kind: int) -> Waiter:
+    def _pop(self, task: Task, kind: int) -> Waiter:
         """Take the first row of a task and kind, and count it as its service."""
         waiter = heapq.heappop(task.heaps[kind])[2]
         length: int = waiter.row.num_tokens
@@ -261,7 +215,7 @@ class Shares:
         self._forget(waiter, task)
         return waiter
 
-    def _forget(self, waiter: Waiter, task: _Task) -> None:
+    def _forget(self, waiter: Waiter, task: Task) -> None:
         """Count a row as waiting no more; with its task's last one the task leaves."""
         waiter.gone = True
         request = task.requests[waiter.row.request]
@@ -277,7 +231,7 @@ class Shares:
         else:
             self._prune(task, self._kind(waiter))
 
-    def _prune(self, task: _Task, kind: int) -> None:
+    def _prune(self, task: Task, kind: int) -> None:
         """Bring a row that waits to the top of a heap; without one the heap goes."""
         heap = task.heaps.get(kind)
         if heap is None:
@@ -289,12 +243,12 @@ class Shares:
             del task.heaps[kind]
             self._unlist(task, kind)
 
-    def _unlist(self, task: _Task, kind: int) -> None:
+    def _unlist(self, task: Task, kind: int) -> None:
         del self._at[kind][task]
         if not self._at[kind]:
             del self._at[kind]
 
-    def _task(self, row: Waits) -> _Task:
+    def _task(self, row: Waits) -> Task:
         """Return a row's task; one that comes again has no more of a claim than who waited."""
         level = self._levels[row.priority]
         task = level.tasks.get(row.share)
@@ -302,10 +256,10 @@ class Shares:
             if not level.tasks:
                 level.served = max(level.served, self._clock)
             served = max(level.left.pop(row.share, 0.0), level.clock)
-            task = level.tasks[row.share] = _Task(row.share, level, served)
+            task = level.tasks[row.share] = Task(row.share, level, served)
         return task
 
-    def _leave(self, task: _Task) -> None:
+    def _leave(self, task: Task) -> None:
         """Take a task without rows out, and remember what it had until others have had as much."""
         level = task.level
         for kind in list(task.heaps):

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from deployments.model.bank import Bank, Tensors
+from deployments.model.bank import Bank
+from deployments.model.packing import Tensors
 from deployments.model.ragged import packed
 
 Changed = Sequence[tuple[slice, Tensors]]

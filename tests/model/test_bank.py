@@ -7,8 +7,9 @@ from peft import PeftModel
 from torch import nn
 
 from adapters.directory import Directory
-from deployments.model.bank import Bank, Packed
+from deployments.model.bank import Bank
 from deployments.model.engine import Engine
+from deployments.model.packing import Packed
 from deployments.model.sites import EmbeddingSite, HeadSite, LinearSite, ShiftSite, Site
 from deployments.rows import Row, Tokens
 
