@@ -3,8 +3,9 @@
 1,024 sentences of `examples/data/`, the four example adapters mixed, through the engine on MiniLM.
 In arrival order they go in 32s, as the inference guide's `batch_predict` does. Planned, the
 server's planner picks each batch from all that wait: the whole queue, or 128 rows in it, as each
-that goes makes room for the next. Equal: no padding at all, 32s of rows that are all as long as the
-mean, as many tokens altogether. Tokens a second are real ones, without padding.
+that goes makes room for the next. Equal: no padding by itself, 32s of rows that are all as long as
+the mean, as many tokens altogether. In arrival order layers work on padding, as they do everywhere
+else; then they do not, as in the engine. Tokens a second are real ones, without padding.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from deployments.rows import Row, Tokens
 SENTENCES, OF_THE_GUIDE, DEPTH = 1024, 32, 128
 ROUNDS = {"none": 3, "int8": 3}
 SHALLOW = f"planned, {DEPTH} waiting"
-WAYS = ("arrival order", SHALLOW, "planned", "equal")
+UNPADDED = "arrival order, no padding"
+WAYS = ("arrival order", UNPADDED, SHALLOW, "planned", "equal")
 
 
 def measure() -> Iterator[dict[str, Any]]:
@@ -49,12 +51,14 @@ def row_of(quantization: str, rounds: int) -> dict[str, Any]:
     same = equal(rows)
     padded: dict[str, float] = {}  # by real tokens, of each way
     works = {
-        "arrival order": lambda: run(engine, in_order(rows)),
+        "arrival order": lambda: run_padded(engine, in_order(rows)),
+        UNPADDED: lambda: run(engine, in_order(rows)),
         SHALLOW: lambda: run_planned(engine, rows, DEPTH),
         "planned": lambda: run_planned(engine, rows, len(rows)),
         "equal": lambda: run(engine, same),
     }
     noted = {way: partial(note, padded, way, work) for way, work in works.items()}
+    assert engine.encoder.is_ragged
     taken = in_turns(noted, rounds)
     lengths = [row.num_tokens for row in rows]
     return {
@@ -69,10 +73,11 @@ def row_of(quantization: str, rounds: int) -> dict[str, Any]:
 
 
 def note(padded: dict[str, float], way: str, work: Callable[[], list[list[Row]]]) -> None:
-    """Run a work, and note how much longer padding makes its batches."""
+    """Run a work, and note how much longer padding makes its batches in the layers."""
     batches = work()
     real = sum(row.num_tokens for batch in batches for row in batch)
-    padded[way] = sum(len(b) * max(row.num_tokens for row in b) for b in batches) / real
+    wide = sum(len(b) * max(row.num_tokens for row in b) for b in batches)
+    padded[way] = wide / real if way == WAYS[0] else 1.0
 
 
 def in_order(rows: Sequence[Row]) -> list[list[Row]]:
@@ -93,6 +98,14 @@ def run(engine: Engine, batches: list[list[Row]]) -> list[list[Row]]:
     for batch in batches:
         engine.predict(batch)
     return batches
+
+
+def run_padded(engine: Engine, batches: list[list[Row]]) -> list[list[Row]]:
+    engine.encoder.is_ragged = False
+    try:
+        return run(engine, batches)
+    finally:
+        engine.encoder.is_ragged = True
 
 
 def run_planned(engine: Engine, rows: Sequence[Row], depth: int) -> list[list[Row]]:

@@ -47,7 +47,7 @@ __all__ = ["PACKAGES", "as_table", "draw", "in_short", "measure"]
 PACKAGES = ("ray", "fastapi", "uvicorn")
 ROUNDS = 2
 TURNS = 3  # of what is compared within one server
-WARM_S, CLOSED_S, SINGLE_S, OPEN_S, TURN_S = 3.0, 10.0, 5.0, 6.0, 5.0
+WARM_S, CLOSED_S, SINGLE_S, OPEN_S, TURN_S, BULK_S = 3.0, 10.0, 5.0, 6.0, 5.0, 10.0
 PACED_PER_S = 1000.0
 
 
@@ -181,14 +181,14 @@ def beside_bulk(
 
     async def both() -> tuple[Load, Load]:
         return await asyncio.gather(
-            closed(port, singles, CONNECTIONS, TURN_S), closed(port, bulk, 1, TURN_S)
+            closed(port, singles, CONNECTIONS, BULK_S), closed(port, bulk, 1, BULK_S)
         )
 
     with served(command_of_ours(folder, port, quantization), port, next(singles), FAST):
         _warm(port, singles, WARM_S)
         assert answers(port, next(bulk))
         for _ in range(TURNS):
-            runs["alone"].append(_whole(run(closed(port, singles, CONNECTIONS, TURN_S))))
+            runs["alone"].append(_whole(run(closed(port, singles, CONNECTIONS, BULK_S))))
             beside, by = run(both())
             runs["beside"].append(_whole(beside))
             runs["bulk"].append(by)
