@@ -131,7 +131,7 @@ async def _soak(seconds: float) -> Soaked:
         with served(["-m", "deployments", path], port, probe, more) as home:
             async with httpx2.AsyncClient(base_url=f"http://{HOST}:{port}", timeout=60) as client:
                 load = Load(client, folder / "store", home)
-                await load.run(min(WARM_S, seconds / 3))
+                await load.run(min(WARM_S, seconds))
                 before = await load.at_rest()
                 samples = await load.run(seconds)
                 return Soaked(load.asked, before, samples, await load.at_rest())

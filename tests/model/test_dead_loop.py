@@ -78,6 +78,7 @@ async def test_a_forward_that_ends_the_loop_fails_all_waiters(fault: BaseExcepti
 
 
 class BrokenPlanner:
+    padded = True
     last_tokens_per_s = 0.0
 
     def start(self, length: int) -> Filling:

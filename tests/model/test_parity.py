@@ -59,7 +59,7 @@ def padded(x: torch.Tensor, lengths: Sequence[int], width: int) -> torch.Tensor:
     """Puts what the engine has as [tokens of all rows, in] as PEFT has it; leaves a pooled one."""
     if len(x) == len(lengths):
         return x.flatten(0, -2)
-    rows = x.reshape(-1, x.shape[-1]).split(lengths)
+    rows = x.reshape(-1, x.shape[-1])[: sum(lengths)].split(lengths)
     return torch.stack([functional.pad(row, (0, 0, 0, width - len(row))) for row in rows])
 
 

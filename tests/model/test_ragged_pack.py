@@ -30,12 +30,16 @@ def batch_of(lengths: Sequence[int], more: int = 0) -> Iterator[tuple[Ragged, to
 def test_rows_are_put_behind_one_another_and_padded_again(
     lengths: list[int], more: int, size: tuple[int, ...]
 ) -> None:
-    assume(len(lengths) == 1 or max(lengths) + more != sum(lengths))
+    num_tokens = sum(lengths)
+    rounded_up = -(-num_tokens // 16) * 16
+    assume(len(lengths) == 1 or max(lengths) + more != rounded_up)
     with batch_of(lengths, more) as (batch, mask):
         own, shared = torch.randn(*mask.shape, *size), torch.randn(1, mask.shape[1], *size)
         mine, (of_all, nothing) = batch.pack((own, (shared, None)))
-        assert torch.equal(mine, own[mask].unsqueeze(0))
-        assert torch.equal(of_all[0], torch.cat([shared[0, :length] for length in lengths]))
+        assert mine.shape[1] == of_all.shape[1] == rounded_up
+        assert torch.equal(mine[0, :num_tokens], own[mask])
+        beside = torch.cat([shared[0, :length] for length in lengths])
+        assert torch.equal(of_all[0, :num_tokens], beside)
         for row, (span, length) in enumerate(zip(batch.spans, lengths, strict=True)):
             assert torch.equal(mine[0, span], own[row, :length])
         again, (of_each, same) = batch.pad((mine, (of_all, nothing)))
@@ -46,7 +50,8 @@ def test_rows_are_put_behind_one_another_and_padded_again(
 
 
 def test_a_batch_as_wide_as_all_its_tokens_stays_padded() -> None:
-    with ragged(torch.tensor([[1, 0, 0], [1, 1, 0]]), [{}, {}]):
+    mask = (torch.arange(16) < torch.tensor([[6], [9]])).long()
+    with ragged(mask, [{}, {}]):  # 15 tokens, and one more
         assert module._running.get() is None
 
 
@@ -55,5 +60,5 @@ def test_masks_and_what_has_no_tokens_are_left_alone() -> None:
         shapes = [(3, 1, 4, 4), (1, 1, 4, 4), (3, 4, 2, 2), (4,), (3, 5), (2, 4, 6), (4, 4), ()]
         for thing in (*(torch.zeros(shape) for shape in shapes), None, True, 0.5, "x", [1], {}):
             assert batch.pack(thing) is thing
-        for thing in (torch.zeros(3, 4, 6), torch.zeros(1, 4, 6), torch.zeros(2, 8), None, "x"):
+        for thing in (torch.zeros(3, 4, 6), torch.zeros(1, 4, 6), torch.zeros(2, 16), None, "x"):
             assert batch.pad(thing) is thing

@@ -185,13 +185,13 @@ def test_rows_of_who_goes_or_is_late_are_not_computed(head: Head, store: Path) -
                 assert told.status_code == 200, told.text
 
     def late(words: int) -> int:
-        headers = {"X-Request-Timeout-Seconds": "0.1"}
+        headers = {"X-Request-Timeout-Seconds": "0.05"}
         body = {"text": "word " * words}
         return httpx2.post(url, json=body, headers=headers, timeout=60).status_code
 
     def goes(words: int) -> int:
         try:
-            return httpx2.post(url, json={"text": "word " * words}, timeout=0.1).status_code
+            return httpx2.post(url, json={"text": "word " * words}, timeout=0.05).status_code
         except httpx2.TimeoutException:
             return 0
 
