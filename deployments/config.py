@@ -85,9 +85,8 @@ class Args(BaseModel):
     max_batch_rows: Annotated[int, Field(ge=1)] = Field(64, description="Most rows in a forward.")
     max_batch_tokens: Annotated[int, Field(ge=1)] | Auto = Field(
         "auto",
-        description="Most tokens in a forward, with padding where layers see any; auto is 16384 on a GPU, "
-        "1024 on a CPU. "
-        "Fewer go where a forward would take longer than about a second.",
+        description="Most tokens in a forward, with padding where layers see any; auto is 16384 on "
+        "a GPU, 1024 on a CPU. Fewer go where a forward would take longer than about a second.",
     )
 
     num_replicas: Annotated[int, Field(ge=1)] | None = Field(

@@ -34,7 +34,7 @@ logger = logging.getLogger("ray.serve")
 
 _NAME = "onebase_ragged"
 _TRIED = (1, 24, 7, 7, 12)  # lengths in tokens
-# oneDNN makes and keeps a kernel for each number of tokens: half a millisecond and 0.65 MiB in fp32.
+# oneDNN makes a kernel for each number of tokens and keeps it: 0.6 ms and 0.65 MiB in fp32.
 _MULTIPLE = 16
 
 
