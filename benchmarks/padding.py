@@ -5,7 +5,7 @@ In arrival order they go in 32s, as the inference guide's `batch_predict` does. 
 server's planner picks each batch from all that wait: the whole queue, or 128 rows in it, as each
 that goes makes room for the next. Equal: no padding by itself, 32s of rows that are all as long as
 the mean, as many tokens altogether. In arrival order layers work on padding, as they do everywhere
-else; then they do not, as in the engine. Tokens a second are real ones, without padding.
+else. Tokens a second are real ones, without padding.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ from deployments.rows import Row, Tokens
 SENTENCES, OF_THE_GUIDE, DEPTH = 1024, 32, 128
 ROUNDS = {"none": 3, "int8": 3}
 SHALLOW = f"planned, {DEPTH} waiting"
-UNPADDED = "arrival order, no padding"
-WAYS = ("arrival order", UNPADDED, SHALLOW, "planned", "equal")
+WAYS = ("arrival order", SHALLOW, "planned", "equal")
 
 
 def measure() -> Iterator[dict[str, Any]]:
@@ -52,7 +51,6 @@ def row_of(quantization: str, rounds: int) -> dict[str, Any]:
     padded: dict[str, float] = {}  # by real tokens, of each way
     works = {
         "arrival order": lambda: run_padded(engine, in_order(rows)),
-        UNPADDED: lambda: run(engine, in_order(rows)),
         SHALLOW: lambda: run_planned(engine, rows, DEPTH),
         "planned": lambda: run_planned(engine, rows, len(rows)),
         "equal": lambda: run(engine, same),

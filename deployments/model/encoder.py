@@ -17,6 +17,7 @@ from transformers.utils import cached_file
 from adapters.geometry import Geometry, TaskType
 from deployments.base import BaseName
 from deployments.model.architectures import words
+from deployments.model.attention import steady
 from deployments.model.bank import Bank
 from deployments.model.checkpoint import Checkpoint
 from deployments.model.deltas import Deltas
@@ -106,6 +107,8 @@ class Encoder:
         self.is_ragged = device.type == "cpu" and install(self.model)
         if device.type != "cpu":
             unpad(self.model, device, dtype)
+        elif not self.is_ragged:
+            steady(self.model)
 
     def _build_graphs(self, checkpoint: Checkpoint, layout: Layout) -> dict[TaskType, HeadGraph]:
         """Put head sites into their places, and return the graph of each task type."""

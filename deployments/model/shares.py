@@ -1,8 +1,9 @@
 """Who goes next: fair shares of the tokens, over priorities, tasks and requests. Plain Python.
 
 The row that leads a batch is that of the priority, the task and the request with the least service,
-as in start-time fair queueing (Goyal, Vin and Cheng, 1996); the rest of the batch are rows near to
-it in length, again of those with the least service first. So however many rows a task sends, or a
+as in start-time fair queueing (Goyal, Vin and Cheng, 1996); the rest of the batch are, again
+of those with the least service first, rows near to it in length where layers see padding, and of
+any length where they do not. So however many rows a task sends, or a
 request has, a row of another one leads the next batch.
 """
 
@@ -20,8 +21,7 @@ from deployments.model.waiter import Waiter, Waits
 
 # Of the tokens, while all of them wait: 16/21, 4/21, 1/21. Within that a higher one goes at once.
 WEIGHTS: dict[Priority, int] = {"high": 16, "normal": 4, "low": 1}
-# Beside other requests of its task, a request has its turn for so many tokens at a time: of those
-# the ones go that fit best. Short ones have their turns in the order they came.
+# Beside other requests of its task, a request has its turn for so many tokens at a time. Short ones have their turns in the order they came.
 _TURN_TOKENS = 64
 # Beside more requests than these it waits no longer: else it would for ever, as more and more come.
 _MOST_BESIDE = 16
@@ -145,15 +145,17 @@ class Shares:
 
     def _suffices(self, most: int, tasks: Sequence[Task], taken: Sequence[Waiter]) -> bool:
         """Whether only such tasks have rows left as wait anyway, and others would wait for more."""
-        left = {task.name: task for task in tasks if task.num_rows}
-        if any(task.num_tokens <= most for task in left.values()):
+        left = [task for task in tasks if task.num_rows]
+        if not left or any(task.num_tokens <= most for task in left):
             return False
-        part = 1.0
-        if len(left) < len(tasks):
+        part, weight = 1.0, max(task.level.weight for task in left)
+        # What is urgent does not go slowly for what is not.
+        if any(not task.num_rows and task.level.weight >= weight for task in tasks):
             self._num_before, part = _NUM_BEFORE, _BESIDE_OTHERS
         elif self._num_before:
             part = _BEFORE_OTHERS
-        theirs: int = sum(one.row.num_tokens for one in taken if one.row.share in left)
+        names = {task.name for task in left}
+        theirs: int = sum(one.row.num_tokens for one in taken if one.row.share in names)
         return theirs >= part * most
 
     def _fill(

@@ -115,6 +115,8 @@ def assert_same_bits(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) 
 
 def test_which_architectures_run_without_padding(engine_of: EngineOf) -> None:
     assert {base.name: engine_of(base.name).encoder.is_ragged for base in BASES} == IS_RAGGED
+    # What sees padding must at least not be changed by it: docs/adr/0002.
+    assert engine_of("albert").encoder.config._attn_implementation == "onebase_steady"
 
 
 @pytest.mark.parametrize("name", RUNNING)
@@ -251,7 +253,7 @@ def test_layers_that_know_rows_are_left_as_they_were_and_one_line_says_so(
     assert engine.encoder.is_ragged is False
     assert module._running.get() is None
     model, plain = engine.encoder.model, BertModel.from_pretrained(tiny_base).eval()
-    assert model.config._attn_implementation == plain.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "onebase_steady"
     assert not [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
     batch = {"input_ids": torch.tensor([[5, 6, 7, 0], [8, 9, 10, 11]])}
     batch["attention_mask"] = batch["input_ids"].clamp(max=1)

@@ -64,11 +64,17 @@ def singles(share: str, num: int, tokens: int = 20, priority: Priority = "normal
     return [Item(tokens, share, next(NUMBERS), priority) for _ in range(num)]
 
 
-def fits(items: Sequence[Item]) -> bool:
+def fits(items: Sequence[Item], planner: Planner) -> bool:
     lengths = [item.num_tokens for item in items]
-    return len(items) == 1 or PLANNER.holds(
-        len(items), max(lengths), min(lengths), total=sum(lengths)
-    )
+    if len(items) == 1:
+        return True
+    if len(items) > planner.max_rows:
+        return False
+    if not planner.padded:
+        return sum(lengths) <= planner.max_tokens
+    shortest = max(min(lengths), planner.short_tokens)
+    may_share = max(lengths) <= planner.max_stretch * shortest
+    return may_share and len(items) * max(lengths) <= planner.max_tokens
 
 
 def test_a_flood_leaves_batches_short_for_others_and_for_a_while_for_their_next_rows() -> None:
@@ -87,6 +93,19 @@ def test_a_flood_leaves_batches_short_for_others_and_for_a_while_for_their_next_
     assert tokens_of_a_batch() > most - 20
 
 
+def test_nobody_has_short_batches_for_who_has_gone_or_is_less_urgent() -> None:
+    most, shares = RAGGED.max_tokens, Shares(padded=False)
+    wait(shares, *singles("bulk", 10))
+    take(shares, RAGGED)
+    wait(shares, *singles("bulk", 500))
+    assert sum(item.num_tokens for item in take(shares, RAGGED)) > most - 20
+    shares = Shares(padded=False)
+    wait(shares, *singles("urgent", 2000, priority="high"))
+    for _ in range(5):
+        wait(shares, *singles("lone", 1, priority="low"))
+        assert sum(item.num_tokens for item in take(shares, RAGGED)) > most - 20
+
+
 def test_tasks_that_a_batch_can_end_fill_all_of_it() -> None:
     shares, num_rows = Shares(padded=False), RAGGED.max_tokens // 20
     wait(shares, *singles("a", 1), *singles("b", num_rows // 2), *singles("c", num_rows // 2 - 2))
@@ -94,10 +113,13 @@ def test_tasks_that_a_batch_can_end_fill_all_of_it() -> None:
     assert not shares
 
 
-@given(st.lists(ITEMS, min_size=1, max_size=120), st.randoms(use_true_random=False))
-@settings(max_examples=150, deadline=None)
-def test_every_row_goes_once_in_batches_that_fit(items: list[Item], dice: random.Random) -> None:
-    shares, waiters, gone, came = Shares(), [], [], []
+@given(st.lists(ITEMS, min_size=1, max_size=120), st.randoms(use_true_random=False), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_every_row_goes_once_in_batches_that_fit(
+    items: list[Item], dice: random.Random, padded: bool
+) -> None:
+    planner = PLANNER if padded else RAGGED
+    shares, waiters, gone, came = Shares(padded=padded), [], [], []
     for item in items:
         waiters += wait(shares, item)
         if dice.random() < 0.2:
@@ -107,14 +129,14 @@ def test_every_row_goes_once_in_batches_that_fit(items: list[Item], dice: random
             shares.discard(dropped)
         if shares and dice.random() < 0.1:
             batch: list[Waiter] = []
-            shares.take(PLANNER, batch)
-            assert fits([waiter.row for waiter in batch])
+            shares.take(planner, batch)
+            assert fits([waiter.row for waiter in batch], planner)
             came += batch
         left = [waiter.row for waiter in waiters if not waiter.gone]
         assert len(shares) == len(left)
         assert shares.num_tokens == sum(item.num_tokens for item in left)
     while shares:
-        shares.take(PLANNER, came)
+        shares.take(planner, came)
     assert sorted(map(id, came + gone)) == sorted(map(id, waiters))
 
 
