@@ -21,7 +21,8 @@ from deployments.model.waiter import Waiter, Waits
 
 # Of the tokens, while all of them wait: 16/21, 4/21, 1/21. Within that a higher one goes at once.
 WEIGHTS: dict[Priority, int] = {"high": 16, "normal": 4, "low": 1}
-# Beside other requests of its task, a request has its turn for so many tokens at a time. Short ones have their turns in the order they came.
+# Beside other requests of its task, a request has its turn for so many tokens at a time. Short ones
+# have their turns in the order they came.
 _TURN_TOKENS = 64
 # Beside more requests than these it waits no longer: else it would for ever, as more and more come.
 _MOST_BESIDE = 16
