@@ -23,7 +23,9 @@ class Task:
     Attributes:
         served: Tokens that went, on the level's clock.
         clock: What each of its requests has had, if each had the same and they are not many.
-        heaps: Rows by kind; of each (when it is due on the clock, number, row).
+        num_rows: That wait.
+        num_tokens: Of these.
+        heaps: Rows by kind, see `deployments.model.shares.Shares`; of each (when it is due on the clock, number, row).
     """
 
     name: str

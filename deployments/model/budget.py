@@ -151,8 +151,8 @@ class Budget:
 def limits(args: Args, *, on_cpu: bool, padded: bool) -> Planner:
     """Return the most that a forward may have on a device, however fast it is.
 
-    On a CPU more than about a thousand tokens leave its caches and take longer a token, and a
-    forward has little fixed cost: less padding is better (benchmarks/padding.py).
+    On a CPU more than about a thousand tokens leave its caches and take longer a token. Where
+    layers see padding there, less of it is worth another forward (docs/adr/0006).
 
     Args:
         args: The configuration.

@@ -28,7 +28,8 @@ class Part:
 class Packing:
     """Where everything lies that an adapter brings for the encoder.
 
-    Adapters of the same ranks and targets share one object, so rows of them share a product.
+    Adapters of the same ranks and targets share one object, so rows of them share a product where
+    batches are padded.
 
     Attributes:
         sites: Module path -> what its site reads -> where it lies.

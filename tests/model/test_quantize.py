@@ -1,5 +1,6 @@
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import bitsandbytes
 import pytest
@@ -135,6 +136,11 @@ def test_fp32_by_onednn_has_the_gradients_of_the_linear(linear: nn.Linear, x: to
     linear(other).square().sum().backward()
     assert other.grad is not None
     assert torch.equal(one.grad, other.grad)
+
+
+def test_onednn_is_used_where_it_is_fast() -> None:
+    flags = Path("/proc/cpuinfo").read_text().split()
+    assert has_onednn() == (torch.backends.mkldnn.is_available() and "avx2" in flags)
 
 
 def test_another_dtype_than_fp32_stays_as_it_is() -> None:
