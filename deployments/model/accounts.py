@@ -25,7 +25,8 @@ class Task:
         clock: What each of its requests has had, if each had the same and they are not many.
         num_rows: That wait.
         num_tokens: Of these.
-        heaps: Rows by kind, see `deployments.model.shares.Shares`; of each (when it is due on the clock, number, row).
+        heaps: Rows by kind, see `deployments.model.shares.Shares`; of each (when it is due on the
+            clock, number, row).
     """
 
     name: str
