@@ -46,7 +46,7 @@ __all__ = ["PACKAGES", "as_table", "draw", "in_short", "measure"]
 
 PACKAGES = ("ray", "fastapi", "uvicorn")
 ROUNDS = 2
-TURNS = 3  # of what is compared within one server
+TURNS = 5  # of what is compared within one server
 WARM_S, CLOSED_S, SINGLE_S, OPEN_S, TURN_S, BULK_S = 3.0, 10.0, 5.0, 6.0, 5.0, 10.0
 PACED_PER_S = 1000.0
 

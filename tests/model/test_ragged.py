@@ -99,7 +99,8 @@ def ask(
 
 
 def rounded_up(num_tokens: int) -> int:
-    return -(-num_tokens // 16) * 16
+    step = 4 if num_tokens <= 64 else 16
+    return -(-num_tokens // step) * step
 
 
 def assert_close(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> None:
