@@ -6,7 +6,8 @@ connections at once; and beside one that is asked at random moments, twice as of
 answered, by callers who ask again when Retry-After says so. The caller should wait for no more than
 the micro-batch that runs when his request comes, and three times what he waits alone. Then the
 first flood again, with a high priority and a latency target in the rules of the caller's task; and
-what memory ingress and model take more while the second flood runs.
+what memory ingress and model take more while the second flood runs. And what the flood itself gets,
+which leaves batches short for the caller.
 """
 
 from __future__ import annotations
@@ -60,13 +61,16 @@ def of_server(folder: Path, quantization: str) -> dict[str, Any]:
         capacity = run(closed(port, flood, CONNECTIONS, WARM_S)).per_s
         batch_ms = micro_batch_ms(port, texts)
         runs: dict[str, list[Load]] = {"alone": [], "closed": [], "urgent": [], "open": []}
-        refused, grew_mib = 0, []
+        refused, grew_mib, flood_per_s = 0, [], []
         for _ in range(ROUNDS):
             runs["alone"].append(run(closed(port, lone, 1, LOAD_S)))
             for name, rules in (("closed", dict.fromkeys(URGENT)), ("urgent", URGENT)):
                 patch(port, "spam", rules)
                 by_all = closed(port, flood, CONNECTIONS, LOAD_S + 2.0)
-                runs[name].append(run(_beside(port, lone, 1.0, by_all))[0])
+                beside, by = run(_beside(port, lone, 1.0, by_all))
+                runs[name].append(beside)
+                if name == "closed":
+                    flood_per_s.append(by.per_s)
             patch(port, "spam", dict.fromkeys(URGENT))
             before_mib = mib(home)
             rate, seconds = TIMES * capacity, LEAD_S + LOAD_S + 1.0
@@ -81,6 +85,7 @@ def of_server(folder: Path, quantization: str) -> dict[str, Any]:
             settle(port, flood)
     return {
         "capacity": capacity,
+        "flood_per_s": statistics.median(flood_per_s),
         "micro_batch_ms": batch_ms,
         "refused": refused,
         "grew_mib": max(grew_mib),
@@ -148,7 +153,8 @@ def bound_ms(row: dict[str, Any]) -> float:
 def as_table(rows: Sequence[dict[str, Any]]) -> str:
     columns = ["", "one micro-batch", "p95 alone", "one micro-batch and 3x that"]
     columns += [f"p95 beside {CONNECTIONS} connections", f"p95 beside {TIMES:.0f}x what it can do"]
-    columns += ["the former with priority", "failed", "told to come again", "memory"]
+    columns += ["the former with priority", "what that flood gets", "failed"]
+    columns += ["told to come again", "memory"]
     return table(
         columns,
         [
@@ -160,6 +166,7 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
                 f"{p95_ms(row, 'closed'):.0f} ms",
                 f"{p95_ms(row, 'open'):.0f} ms",
                 f"{p95_ms(row, 'urgent'):.0f} ms",
+                f"{row['flood_per_s']:.0f}/s of {row['capacity']:.0f}/s alone",
                 f"{sum(one['failed'] for loads in row['runs'].values() for one in loads):.0f}",
                 f"{row['refused']:,}",
                 f"+{row['grew_mib']:.0f} MiB",
