@@ -52,7 +52,8 @@ def watched(engine: Engine, clock: Clock) -> Iterator[None]:
 
     `base` is the base's modules, `LoRA` all else that sites do: looking for changed rows, gathering
     and products. `head` is what follows the encoder, and a pooler that adapters bring; `post` the
-    scores; `pack` the rest: checks, sorting, padding, and finding each row's pages.
+    scores; `pack` the rest: checks, sorting, padding, and finding each row's pages. What puts rows
+    behind one another within the base's layers, on a CPU, is part of `base`.
     """
     encoder = engine.encoder
     places: list[tuple[Any, str, str]] = [
@@ -60,6 +61,7 @@ def watched(engine: Engine, clock: Clock) -> Iterator[None]:
         (engine_module, "to_predictions", "post"),
         (encoder, "forward", "head"),
         (encoder.bank, "route", "pack"),
+        (encoder.bank, "own", "pack"),
         (encoder.model.base_model, "forward", "base"),
     ]
     for module in encoder.model.modules():

@@ -30,7 +30,7 @@ _BEST_HALF_LIFE_S = 600.0
 class Budget:
     """A planner whose token budget follows how long forwards took.
 
-    Tokens are counted as the planner does, but where padding is said not to count.
+    Tokens are counted as `Planner.tokens` does, but where something else is said.
 
     A forward of twice the tokens takes at most about twice as long, since its fixed cost stays: so
     the seconds a token of the last forwards bound the next one. A small forward bounds it too

@@ -108,7 +108,7 @@ def activation_bytes(
         widest: Outputs of its widest linear.
         longest: Its longest input in tokens, None where positions have no end.
         itemsize: Bytes of an element that it computes in.
-        max_tokens: Most tokens in a forward, padded.
+        max_tokens: Most tokens in a forward, with padding where layers see it.
     """
     text = config.get_text_config()
     a_token = 8 * (text.hidden_size + max(text.hidden_size, widest))

@@ -56,6 +56,8 @@ def quantize(
         return
     kinds = (nn.Linear, Conv1D)
     linears = [(n, m) for n, m in model.named_modules() if type(m) in kinds and n not in skip]
+    if quantization == "none":
+        linears = [(n, m) for n, m in linears if m.weight.dtype == torch.float32]
     for path, module in linears:
         parent, _, name = path.rpartition(".")
         new = _quantized(_as_linear(module), quantization, device)
@@ -64,7 +66,7 @@ def quantize(
 
 def _quantized(linear: nn.Linear, quantization: Quantization, device: torch.device) -> nn.Module:
     if quantization == "none":
-        return Fp32Linear(linear) if linear.weight.dtype == torch.float32 else linear
+        return Fp32Linear(linear)
     if quantization == "int8" and device.type == "cpu":
         return Int8Linear(linear)
     return _bitsandbytes(linear, quantization, device)

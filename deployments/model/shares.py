@@ -152,7 +152,7 @@ class Shares:
         part, weight = 1.0, max(task.level.weight for task in left)
         # What is urgent does not go slowly for what is not.
         if any(not task.num_rows and task.level.weight >= weight for task in tasks):
-            self._num_before, part = _NUM_BEFORE, _BESIDE_OTHERS
+            self._num_before, part = 1 + _NUM_BEFORE, _BESIDE_OTHERS  # the next one counts it first
         elif self._num_before:
             part = _BEFORE_OTHERS
         names = {task.name for task in left}

@@ -1,5 +1,6 @@
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from adapters.directory import Directory
 from deployments.config import Args
 from deployments.model.budget import Budget, limits
 from deployments.model.deployment import Model
@@ -163,6 +165,25 @@ def test_a_device_has_its_own_budget(device: str, given: Any, most: int, tmp_pat
     planner = Budget(limits(args, on_cpu=device == "cpu", padded=True))
     planner.note([most], 1e-6)
     assert planner.max_tokens == most
+
+
+def test_where_layers_see_no_padding_none_is_counted(tmp_path: Any) -> None:
+    args = Args(base_model="org/name", adapter_store=str(tmp_path))
+    planner = Budget(limits(args, on_cpu=True, padded=False))
+    assert not planner.padded
+    planner.note([100, 10, 10], 0.5)  # 120 tokens; padded they were 300
+    assert planner.max_tokens == planner.last_tokens_per_s == 240
+    planner.note([1024], 1e-6)
+    planner.note_too_large([500, 50, 50])
+    assert planner.max_tokens == 300
+
+
+async def test_a_replica_plans_by_what_its_layers_see(
+    example_store: Directory, start_model: Callable[..., Awaitable[Model]]
+) -> None:
+    model = await start_model(example_store)
+    assert model.engine.encoder.is_ragged
+    assert not model.planner.padded
 
 
 def test_forwards_are_short_while_a_task_with_a_latency_target_is_asked(

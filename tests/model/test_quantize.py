@@ -1,6 +1,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear as product
 from transformers import AutoModelForSequenceClassification
+from transformers.pytorch_utils import Conv1D
 
 from deployments.model.engine import Engine
 from deployments.model.fp32 import Fp32Linear, has_onednn
@@ -32,8 +34,8 @@ def x() -> torch.Tensor:
     return torch.randn(3, 5, 96) * torch.logspace(-3, 2, 15).reshape(3, 5, 1)
 
 
-def quantized(linear: nn.Linear, quantization: str) -> nn.Module:
-    model = nn.Sequential(linear)
+def quantized(module: nn.Module, quantization: str) -> nn.Module:
+    model = nn.Sequential(module)
     quantize(model, (), quantization, CPU)
     return model[0]
 
@@ -143,9 +145,19 @@ def test_onednn_is_used_where_it_is_fast() -> None:
     assert has_onednn() == (torch.backends.mkldnn.is_available() and "avx2" in flags)
 
 
-def test_another_dtype_than_fp32_stays_as_it_is() -> None:
-    linear = nn.Linear(8, 4, dtype=torch.bfloat16)
-    assert quantized(linear, "none") is linear
+@pytest.mark.parametrize("make", [nn.Linear, Conv1D])
+def test_another_dtype_than_fp32_stays_as_it_is(make: Any) -> None:
+    module = make(8, 4).bfloat16()
+    assert quantized(module, "none") is module
+
+
+@pytest.mark.skipif(not has_onednn(), reason="torch has no oneDNN here")
+def test_a_conv1d_in_fp32_goes_through_onednn_too(x: torch.Tensor) -> None:
+    conv = Conv1D(40, 96).requires_grad_(False)
+    fast = quantized(conv, "none")
+    assert isinstance(fast, Fp32Linear)
+    with torch.inference_mode():
+        assert (fast(x) - conv(x)).abs().max() <= 1e-4 * conv(x).abs().max()
 
 
 def test_int8_treats_each_token_by_itself(linear: nn.Linear, x: torch.Tensor) -> None:

@@ -20,6 +20,7 @@ PLANNER = Planner(max_rows=16, max_tokens=512, max_stretch=1.25, short_tokens=8)
 PRIORITIES: tuple[Priority, ...] = ("high", "normal", "low")
 NUMBERS = count()
 RAGGED = Planner(max_rows=64, max_tokens=512, padded=False)
+either = pytest.mark.parametrize("planner", [PLANNER, RAGGED], ids=["padded", "ragged"])
 MOST_ROWS = 4096  # that a replica lets in
 
 
@@ -70,8 +71,9 @@ def fits(items: Sequence[Item], planner: Planner) -> bool:
         return True
     if len(items) > planner.max_rows:
         return False
-    if not planner.padded:
-        return sum(lengths) <= planner.max_tokens
+    if not planner.padded:  # embeddings and heads are, of a batch four times as large at most
+        padded = len(lengths) * max(lengths)
+        return sum(lengths) <= planner.max_tokens and padded <= 4 * planner.max_tokens
     shortest = max(min(lengths), planner.short_tokens)
     may_share = max(lengths) <= planner.max_stretch * shortest
     return may_share and len(items) * max(lengths) <= planner.max_tokens
@@ -88,7 +90,7 @@ def test_a_flood_leaves_batches_short_for_others_and_for_a_while_for_their_next_
     assert tokens_of_a_batch() > most - 20
     wait(shares, *singles("lone", 1))
     assert most / 8 <= tokens_of_a_batch() - 20 <= most / 8 + turn
-    before = [tokens_of_a_batch() for _ in range(15)]
+    before = [tokens_of_a_batch() for _ in range(16)]
     assert all(most / 2 <= part <= most / 2 + turn for part in before)
     assert tokens_of_a_batch() > most - 20
 
@@ -142,16 +144,19 @@ def test_every_row_goes_once_in_batches_that_fit(
 
 @given(st.lists(EQUALS, max_size=60), st.lists(EQUALS, min_size=1, max_size=12), EQUALS)
 @settings(max_examples=20, deadline=None, phases=(Phase.generate,))
-def test_no_row_waits_for_ever(before: list[Item], flood: list[Item], item: Item) -> None:
+@either
+def test_no_row_waits_for_ever(
+    planner: Planner, before: list[Item], flood: list[Item], item: Item
+) -> None:
     """Whatever comes with every batch, twice as much as one takes while there is room for it."""
-    shares = Shares()
+    shares = Shares(padded=planner.padded)
     wait(shares, *before)
     (waiter,) = wait(shares, item)
     num_batches = 0
     while not waiter.gone:
-        take(shares)
+        take(shares, planner)
         num_batches += 1
-        for _ in range(2 * PLANNER.max_rows // len(flood) + 1 if len(shares) < MOST_ROWS else 0):
+        for _ in range(2 * planner.max_rows // len(flood) + 1 if len(shares) < MOST_ROWS else 0):
             wait(shares, *(Item(i.num_tokens, i.share, next(NUMBERS), i.priority) for i in flood))
         assert num_batches < MOST_ROWS
     assert waiter.gone
@@ -159,29 +164,36 @@ def test_no_row_waits_for_ever(before: list[Item], flood: list[Item], item: Item
 
 @pytest.mark.parametrize("tokens", [3, 20, 200])
 @pytest.mark.parametrize("flood", [singles("bulk", 5000), [Item()] * 5000])
-def test_a_lone_row_of_another_task_leads_the_next_batch(flood: list[Item], tokens: int) -> None:
-    shares = Shares()
+@either
+def test_a_lone_row_of_another_task_leads_the_next_batch(
+    flood: list[Item], tokens: int, planner: Planner
+) -> None:
+    shares = Shares(padded=planner.padded)
     wait(shares, *flood)
     for _ in range(20):
-        take(shares)
+        take(shares, planner)
         (item,) = singles("mine", 1, tokens)
         wait(shares, item)
-        assert take(shares)[0] is item
+        assert take(shares, planner)[0] is item
 
 
-def test_a_single_text_does_not_wait_for_a_request_of_1024_windows_of_its_own_task() -> None:
-    shares = Shares()
+@either
+def test_a_single_text_does_not_wait_for_a_request_of_1024_windows_of_its_own_task(
+    planner: Planner,
+) -> None:
+    shares = Shares(padded=planner.padded)
     wait(shares, *[Item(128, "long", next(NUMBERS))] * 1024)
-    take(shares)
+    take(shares, planner)
     for _ in range(20):
         items = singles("long", 3, 128)
         wait(shares, *items)
-        batches = [*take(shares), *take(shares)]
+        batches = [*take(shares, planner), *take(shares, planner)]
         assert all(item in batches for item in items)
 
 
-def test_shares_converge_though_one_has_a_hundred_times_as_many_rows() -> None:
-    shares, had, dice = Shares(), Counter[str](), random.Random(0)
+@either
+def test_shares_converge_though_one_has_a_hundred_times_as_many_rows(planner: Planner) -> None:
+    shares, had, dice = Shares(padded=planner.padded), Counter[str](), random.Random(0)
     lengths = list(range(5, 60))
     wait(shares, *(i for n in lengths for i in singles("many", 200, n)))
     for _ in range(400):
@@ -190,42 +202,47 @@ def test_shares_converge_though_one_has_a_hundred_times_as_many_rows() -> None:
             *(i for _ in range(20) for i in singles("few", 1, dice.choice(lengths))),
         )
         wait(shares, *(i for _ in range(10) for i in singles("third", 1, dice.choice(lengths))))
-        for item in take(shares):
+        for item in take(shares, planner):
             had[item.share] += item.num_tokens
     whole = sum(had.values())
     for share in ("many", "few", "third"):
         assert had[share] / whole == pytest.approx(1 / 3, abs=0.05), had
 
 
-def test_a_task_that_was_away_has_no_claim_to_what_it_did_not_ask_for() -> None:
-    shares = Shares()
+@either
+def test_a_task_that_was_away_has_no_claim_to_what_it_did_not_ask_for(planner: Planner) -> None:
+    shares = Shares(padded=planner.padded)
     wait(shares, *singles("busy", 1000), *singles("late", 1))
     for _ in range(30):
-        take(shares)
+        take(shares, planner)
     wait(shares, *singles("late", 1000))
-    had = Counter(item.share for _ in range(10) for item in take(shares))
+    had = Counter(item.share for _ in range(10) for item in take(shares, planner))
     assert had["busy"] == pytest.approx(had["late"], rel=0.2)
 
 
 @pytest.mark.parametrize("priority", ["high", "normal"])
-def test_a_row_of_a_higher_priority_leads_the_next_batch(priority: Priority) -> None:
-    shares = Shares()
+@either
+def test_a_row_of_a_higher_priority_leads_the_next_batch(
+    priority: Priority, planner: Planner
+) -> None:
+    shares = Shares(padded=planner.padded)
     wait(shares, *singles("bulk", 4000, priority="low"))
     for task in range(50):  # all of them come anew, and still go after it
         wait(shares, *singles(f"other{task}", 20, priority="low"))
     for _ in range(30):
         (item,) = singles("urgent", 1, 150, priority)
         wait(shares, item)
-        assert take(shares)[0] is item
-        take(shares)
+        assert take(shares, planner)[0] is item
+        take(shares, planner)
 
 
-def test_a_flood_of_high_priority_leaves_the_others_their_share() -> None:
-    shares, had = Shares(), Counter[str]()
+@either
+def test_a_flood_of_high_priority_leaves_the_others_their_share(planner: Planner) -> None:
+    shares, had = Shares(padded=planner.padded), Counter[str]()
     for priority in PRIORITIES:
         wait(shares, *singles(f"of {priority}", 20_000, 20, priority))
     for _ in range(600):
-        had.update(item.priority for item in take(shares))
+        had.update(item.priority for item in take(shares, planner))
     whole = sum(had.values())
     for priority, weight in zip(PRIORITIES, (16, 4, 1), strict=True):
         assert had[priority] / whole == pytest.approx(weight / 21, rel=0.3), had
@@ -268,13 +285,14 @@ def test_a_planner_that_raises_loses_no_row() -> None:
     assert len(shares) == shares.num_tokens == 0
 
 
-def test_a_long_request_ends_though_single_texts_of_its_task_never_do() -> None:
-    shares = Shares()
+@either
+def test_a_long_request_ends_though_single_texts_of_its_task_never_do(planner: Planner) -> None:
+    shares = Shares(padded=planner.padded)
     waiters = wait(shares, *[Item(20, "mine", next(NUMBERS))] * 100)
     wait(shares, *singles("mine", 40))
     num_batches = 0
     while not all(waiter.gone for waiter in waiters):
-        taken = take(shares)
+        taken = take(shares, planner)
         wait(shares, *singles("mine", len(taken)))  # forty of them wait at any time
         num_batches += 1
         assert num_batches < 400

@@ -67,6 +67,17 @@ def probabilities(answer: dict[str, Any]) -> list[list[float]]:
     return [list(result["probabilities"].values()) for result in answer["results"]]
 
 
+def test_a_call_reaches_the_replica_that_it_names(pair: Path) -> None:
+    from ray import serve
+
+    model = serve.get_deployment_handle("Model", "pair")
+    told = {model.publish.remote({}).result()[0] for _ in range(40)}
+    assert len(told) == 2
+    for name in sorted(told) * 10:
+        call = model.options(method_name="publish", session_id=name)
+        assert call.remote({}).result()[0] == name
+
+
 def test_both_replicas_answer_every_task_as_peft_does(pair: Path, ask: Any, oracle: Any) -> None:
     assert len(model_pids()) == 2
     want = {
