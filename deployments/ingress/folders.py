@@ -85,7 +85,10 @@ class Folders:
             flight = asyncio.get_running_loop().create_task(self._refresh(task))
             self._flights[task] = flight
             flight.add_done_callback(lambda done: self._landed(task, done))
-        return await asyncio.shield(flight)
+        try:
+            return await asyncio.shield(flight)
+        finally:
+            del flight  # whose error has this frame in its traceback: a cycle
 
     def doubt(self, task: str) -> None:
         """Ask about a task again at its next request; what is known holds until the answer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -165,7 +166,9 @@ class Tasks:
     ) -> Choice:
         """Choose again after the chosen version could not be had.
 
-        If the task has changed meanwhile, by what is true now. Else its fallback.
+        If the task has changed meanwhile, by what is true now. Else its fallback. What is raised
+        are copies: an error that a frame of its own traceback holds is a cycle, and stays in memory
+        until Python looks for such, which it seldom does here.
 
         Raises:
             AdapterError: There is nothing else to choose; it says what the caller is told.
@@ -180,12 +183,12 @@ class Tasks:
                 # The folder changed between the rules and the weights.
                 self.folders.doubt(choice.task)
                 return Choice(choice.task, num_tries=num_tries)
-            raise error
+            raise copy.copy(error)
         if choice.failed is not None:
-            raise choice.failed
-        closed = _closed(choice.task, version, error)
+            raise copy.copy(choice.failed)
+        closed = copy.copy(_closed(choice.task, version, error))
         if record.fallback is None or record.fallback == version:
-            raise closed
+            raise copy.copy(closed)
         return Choice(choice.task, record, record.fallback, closed, version, num_tries)
 
     async def prepare(self, old: Snapshot, new: Snapshot, changed: Collection[str]) -> None:
