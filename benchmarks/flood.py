@@ -168,7 +168,7 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
                 f"{p95_ms(row, 'urgent'):.0f} ms",
                 f"{sum(one['failed'] for loads in row['runs'].values() for one in loads):.0f}",
                 f"{row['refused']:,}",
-                f"+{row['grew_mib']:.0f} MiB",
+                f"{row['grew_mib']:+.0f} MiB",
                 f"{row['capacity']:.0f}/s",
                 f"{row['floods_per_s']['closed']:.0f}/s",
                 f"{row['floods_per_s']['urgent']:.0f}/s",

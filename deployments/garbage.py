@@ -1,9 +1,9 @@
 """When Python looks for cycles of garbage in a process that answers requests.
 
 All else is freed when its last reference goes, and requests leave no cycles behind, those that fail
-neither: `tests/ingress/test_garbage.py`. What Serve and others leave is little. Every 700 new objects, which is the default, Python
-would look through the young ones, and soon through all that there are: beside 4,000 requests on
-their way that took 0.3 s, twice a second, in which nobody was answered.
+neither (`tests/ingress/test_garbage.py`). Every 700 new objects, which is the default, Python would
+look through the young ones, and soon through all that there are: beside 4,000 requests on their way
+that took 0.3 s, twice a second, in which nobody was answered.
 """
 
 from __future__ import annotations
