@@ -12,7 +12,7 @@ from transformers.utils import logging
 from benchmarks import QUESTIONS, question
 from benchmarks.plot import save_plot  # says at once that matplotlib is missing
 from benchmarks.record import read, save, save_table, setup
-from deployments.model.allocator import KEEP_FREED_MEMORY
+from deployments.model.allocator import CPU_MEMORY
 
 
 def answer(name: str) -> None:
@@ -55,8 +55,8 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--show"]:
         for given in sys.argv[2:] or QUESTIONS:
             show(given)
-    elif not os.environ.items() >= KEEP_FREED_MEMORY.items():  # as the model's replicas are started
+    elif not os.environ.items() >= CPU_MEMORY.items():  # as the model's replicas are started
         again = [sys.executable, "-m", "benchmarks", *sys.argv[1:]]
-        os.execve(sys.executable, again, os.environ | KEEP_FREED_MEMORY)
+        os.execve(sys.executable, again, os.environ | CPU_MEMORY)
     else:
         main(sys.argv[1:])

@@ -26,6 +26,7 @@ from adapters.directory import Directory
 from benchmarks.bases import ROOT
 from benchmarks.record import table
 from benchmarks.timing import in_turns, ratio
+from deployments.model.allocator import CPU_MEMORY
 from deployments.model.engine import Engine
 from deployments.model.quantize import Quantization, quantize
 from deployments.rows import Row, Tokens
@@ -113,7 +114,7 @@ def times(found: dict[str, Way], rows: int, tokens: int, rounds: int) -> dict[st
         "tokens": tokens,
         "median_ms": {name: 1e3 * statistics.median(taken[name]) for name in WAYS},
         "by_int8": {name: ratio(taken, name, "int8") for name in WAYS},
-        "environment": {name: os.environ.get(name) for name in ("GLIBC_TUNABLES",)},
+        "environment": {name: os.environ.get(name) for name in CPU_MEMORY},
     }
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks.load import HOST
 from benchmarks.record import ROOT
+from deployments.model.allocator import CPU_MEMORY
 
 START_S, STOP_S = 180.0, 20.0
 FAST = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
@@ -82,7 +83,7 @@ def environment(home: Path) -> dict[str, str]:
     """Ports and paths of its own, so that a server that somebody runs here is not disturbed."""
     # What benchmarks are run with, for their own forwards, is not what a server is started with.
     inherited = {
-        k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "GLIBC_TUNABLES"))
+        k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k not in CPU_MEMORY
     }
     return inherited | {
         "HOME": str(home),

@@ -13,7 +13,7 @@ from ray.serve.schema import LoggingConfig
 from deployments.catalog.deployment import Catalog
 from deployments.config import Args
 from deployments.ingress.deployment import Ingress
-from deployments.model.allocator import KEEP_FREED_MEMORY
+from deployments.model.allocator import CPU_MEMORY
 from deployments.model.deployment import Model
 from deployments.room import LEAST_ROWS
 from deployments.router import NamedReplica
@@ -45,7 +45,7 @@ def build(args: Args) -> Application:
     args = args.absolute().on(_device(args))
     actor_options: dict[str, Any] = {"num_cpus": args.num_cpus or 1, "num_gpus": args.gpus}
     if args.device == "cpu":
-        actor_options["runtime_env"] = {"env_vars": KEEP_FREED_MEMORY}
+        actor_options["runtime_env"] = {"env_vars": CPU_MEMORY}
     scaling = (
         {"num_replicas": args.num_replicas or 1}
         if args.max_replicas is None
