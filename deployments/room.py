@@ -25,6 +25,11 @@ class Room:
         self._taken: dict[str, int] = {}
         self._lines: dict[str, Line] = {}  # from a refusal until none of the task is on its way
 
+    @property
+    def num_taken(self) -> int:
+        """Rows that are on their way."""
+        return sum(self._taken.values())
+
     def take(self, task: str, num_rows: int) -> None:
         """Let rows in.
 

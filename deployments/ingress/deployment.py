@@ -15,7 +15,7 @@ from adapters.documents import open_documents
 from adapters.store import GOLDEN, MAX_GOLDEN_BYTES
 from deployments.config import Args, ConfigError, admin_token, tokenize_without_pool
 from deployments.errors import INTERNAL, NotReady, to_problem
-from deployments.garbage import look_seldom
+from deployments.garbage import look_seldom, look_when_calm
 from deployments.ingress.access import Access
 from deployments.ingress.admin import add_change_routes
 from deployments.ingress.door import check_timeout, to_deadline, until
@@ -43,6 +43,8 @@ logger = logging.getLogger("ray.serve")
 # An object store is listed once in so long at most for names that nobody knows.
 _LIST_EVERY_S = 1.0
 _REPORT_EVERY_S = 1.0
+# Beside so few rows a look for garbage holds nobody up.
+_CALM_ROWS = 256
 
 
 class Ingress:
@@ -75,7 +77,7 @@ class Ingress:
             self._tasks,
             tokenizer,
             self._model.predict,
-            Room(args.max_rows_on_the_way),
+            room := Room(args.max_rows_on_the_way),
             max_rows=args.max_request_rows,
         )
         self._fan_out = FanOut(
@@ -91,6 +93,9 @@ class Ingress:
                 self._catalog.report,
                 _REPORT_EVERY_S,
             )
+        )
+        self._looking = asyncio.get_running_loop().create_task(
+            look_when_calm(lambda: room.num_taken <= _CALM_ROWS)
         )
 
     def reconfigure(self, user_config: Any) -> None:

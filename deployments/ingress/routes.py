@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
@@ -58,7 +59,11 @@ class _Api(FastAPI):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request; what is none, as the start of the server, is FastAPI's."""
-        await (self.front if scope["type"] == "http" else self.beyond)(scope, receive, send)
+        try:
+            await (self.front if scope["type"] == "http" else self.beyond)(scope, receive, send)
+        except asyncio.CancelledError as gone:
+            # Serve leaves it in a cycle; with its frames a caller's texts would stay in memory too.
+            raise gone.with_traceback(None) from None
 
     async def beyond(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Go through FastAPI."""

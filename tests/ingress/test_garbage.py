@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from adapters.directory import Directory
 from adapters.errors import AdapterError, AdapterRefused, BankFull
 from deployments.errors import BadInput, Overloaded, RequestError, TooLate
+from deployments.garbage import look_when_calm
 from deployments.ingress.folders import Folders
 from deployments.ingress.predict import Predictor
 from deployments.ingress.replicas import Replicas
@@ -169,3 +171,28 @@ async def test_a_request_that_is_not_let_in(
             raise AssertionError("it was let in")
 
     assert await cycles(ask) == 0
+
+
+async def test_what_others_leave_is_looked_for_while_little_is_asked() -> None:
+    class Cycle:
+        pass
+
+    def leave() -> weakref.ref[Cycle]:
+        cycle = Cycle()
+        cycle.of_itself = cycle  # type: ignore[attr-defined]
+        return weakref.ref(cycle)
+
+    gc.disable()
+    calm = False
+    looking = asyncio.create_task(look_when_calm(lambda: calm, every_s=0.02))
+    try:
+        await asyncio.sleep(0.01)
+        left = leave()
+        await asyncio.sleep(0.1)
+        assert left() is not None
+        calm = True
+        await asyncio.sleep(0.1)
+        assert left() is None
+    finally:
+        gc.enable()
+        looking.cancel()
