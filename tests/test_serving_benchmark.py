@@ -160,10 +160,11 @@ def test_every_question_is_asked_and_told(tmp_path: Path, monkeypatch: pytest.Mo
         return served(["-m", "benchmarks.peers.trivial", str(port)], port, probe)
 
     monkeypatch.setattr(serving, "served", in_its_place)
-    for name in ("WARM_S", "CLOSED_S", "SINGLE_S", "OPEN_S", "TURN_S"):
+    for name in ("WARM_S", "CLOSED_S", "SINGLE_S", "OPEN_S", "TURN_S", "BULK_S"):
         monkeypatch.setattr(serving, name, 0.2)
     monkeypatch.setattr(serving, "ROUNDS", 1)
     monkeypatch.setattr(serving, "TURNS", 1)
+    monkeypatch.setattr(serving, "BULK_TURNS", 1)
     monkeypatch.setattr(serving, "highest_rate", lambda *_: (1.0, [{"rate": 1.0, **load(1)}]))
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     record.save("serving", [*serving.measure()], {"cores": 2})
