@@ -1,10 +1,10 @@
 """Who goes next: fair shares of the tokens, over priorities, tasks and requests. Plain Python.
 
 The row that leads a batch is that of the priority, the task and the request with the least service,
-as in start-time fair queueing (Goyal, Vin and Cheng, 1996); the rest of the batch are, again
-of those with the least service first, rows near to it in length where layers see padding, and of
-any length where they do not. So however many rows a task sends, or a
-request has, a row of another one leads the next batch.
+as in start-time fair queueing (Goyal, Vin and Cheng, 1996); the rest of the batch are, again of
+those with the least service first, rows near to it in length where layers see padding, and of any
+length where they do not. So however many rows a task sends, or a request has, a row of another one
+leads the next batch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The modules that read the bank: linears, embeddings and norms of the base, and those of heads.
 
 A site runs the base's own module for all rows of a batch, then goes through the rows whose adapters
-change it: of a padded batch in runs of rows that are packed alike. What no row
-changes costs nothing beyond the base's module.
+change it: of a padded batch in runs of rows that are packed alike. What no row changes
+costs nothing beyond the base's module.
 """
 
 from __future__ import annotations
