@@ -28,6 +28,10 @@ _NVIDIA = Path("/dev/nvidia0")
 # hear within milliseconds, and of Serve's default, 2 s, most of a stop would consist.
 _LEAVING_S = 0.5
 
+# Else each thread of a pool has a heap of its own, with holes where bodies of uploads lay: while
+# 2,000 adapters came and went an ingress grew by 15 MiB and the catalog by 12.
+_ONE_HEAP = {"env_vars": {"MALLOC_ARENA_MAX": "1"}}
+
 # A replica is replaced when three checks in a row have failed. A check asks no more than what its
 # event loop knows; the timeout is for one that does not turn at all.
 _HEALTH_PERIOD_S, _HEALTH_TIMEOUT_S = 1.0, 5.0
@@ -77,7 +81,7 @@ def build(args: Args) -> Application:
         num_replicas=1,
         max_ongoing_requests=_MAX_ONGOING,
         graceful_shutdown_wait_loop_s=_LEAVING_S,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "runtime_env": _ONE_HEAP},
         logging_config=_LOGGING,
     )(Catalog)
     # The HTTP application is made in the replica, by Ingress.__serve_build_asgi_app__.
@@ -88,6 +92,7 @@ def build(args: Args) -> Application:
         max_ongoing_requests=args.max_rows_on_the_way // LEAST_ROWS + _MAX_ONGOING,
         user_config=_USER_CONFIG,
         graceful_shutdown_wait_loop_s=_LEAVING_S,
+        ray_actor_options={"runtime_env": _ONE_HEAP},
         logging_config=_LOGGING,
     )(serve.ingress(None)(Ingress))
     return ingress.bind(bound, catalog.bind(bound, args), args)
