@@ -24,7 +24,7 @@ setup: $(STAMP)  ## Build .venv and examples/base, if they are not up to date
 serve: setup  ## Serve serve_config.yaml until Ctrl-C
 # HAProxy and throughput mode: Serve's default proxy costs more than the model does.
 # Token: replicas unpickle what reaches their ports, so nobody else may.
-# Health: HAProxy, if it dies, is replaced in 6 s instead of 30.
+# Health: HAProxy, if it dies, is replaced in 8 s instead of 29.
 # Draining: without the 0, replacing an ingress replica takes 30 s.
 	RAY_SERVE_ENABLE_HA_PROXY=1 \
 	RAY_SERVE_THROUGHPUT_OPTIMIZED=1 \

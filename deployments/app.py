@@ -28,8 +28,8 @@ _NVIDIA = Path("/dev/nvidia0")
 # hear within milliseconds, and of Serve's default, 2 s, most of a stop would consist.
 _LEAVING_S = 0.5
 
-# Else each thread of a pool has a heap of its own, with holes where bodies of uploads lay: while
-# 2,000 adapters came and went an ingress grew by 15 MiB and the catalog by 12.
+# Else each thread of a pool has a heap of its own, with holes where bodies of uploads lay
+# (docs/adr/0004). The model has its own settings.
 _ONE_HEAP = {"env_vars": {"MALLOC_ARENA_MAX": "1"}}
 
 # A replica is replaced when three checks in a row have failed. A check asks no more than what its

@@ -24,12 +24,13 @@ def look_seldom() -> None:
 
 
 async def look_when_calm(is_calm: Callable[[], bool], every_s: float = 10.0) -> None:
-    """Look through what is young from time to time, while little else is; does not return.
+    """Look through all that came after the start while little else is on; does not return.
 
-    So that memory does not grow for hours until there are so many objects more.
+    So that memory does not grow for hours until there are so many objects more. Not through the
+    young ones alone: what outlives a look is old, and a connection, which leaves a cycle when it
+    ends, outlives many. Serve has frozen what there was at the start, so a look takes milliseconds.
     """
-    gc.collect()  # what is there at the start is old from now on
     while True:
         await asyncio.sleep(every_s)
         if is_calm():
-            gc.collect(1)
+            gc.collect()

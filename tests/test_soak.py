@@ -10,11 +10,14 @@ from benchmarks.use import Use
 REST = Use(500.0, 60, 20, 15)
 
 
-def soaked(mib: float = 0.0, files: int = 0, tasks: int = 0) -> Soaked:
-    """A replica that has so much more at the end, beside one that has not."""
+def soaked(mib: float = 0.0, files: int = 0, tasks: int = 0, ingress_mib: float = 0.0) -> Soaked:
+    """Replicas that have so much more at the end."""
     more = REST._replace(files=REST.files + files, tasks=REST.tasks + tasks)
     samples = [
-        {"Model 1": REST._replace(mib=REST.mib + mib * n / 99), "Ingress 2": REST}
+        {
+            "Model 1": REST._replace(mib=REST.mib + mib * n / 99),
+            "Ingress 2": REST._replace(mib=REST.mib + ingress_mib * n / 99),
+        }
         for n in range(100)
     ]
     before = {"Model 1": REST, "Ingress 2": REST}
@@ -28,6 +31,7 @@ def soaked(mib: float = 0.0, files: int = 0, tasks: int = 0) -> Soaked:
         (soaked(mib=10.0), []),  # of 1,000
         (soaked(mib=50.0), ["memory"]),
         (soaked(mib=-50.0), []),
+        (soaked(mib=-50.0, ingress_mib=50.0), ["Ingress 2 memory"]),
         (soaked(files=3, tasks=3), []),
         (soaked(files=50), ["Model 1 files"]),
         (soaked(files=50, tasks=50), ["Model 1 files", "Model 1 tasks"]),

@@ -73,7 +73,10 @@ class Described:
             )
             self._flights[name] = flight
             flight.add_done_callback(lambda done: self._landed(name, done))
-        return await asyncio.shield(flight)
+        try:
+            return await asyncio.shield(flight)
+        finally:
+            del flight  # whose error has this frame in its traceback: a cycle
 
     def knows(self, task: str) -> bool:
         """Tell whether anything of a task was ever asked for."""

@@ -110,7 +110,10 @@ class Folders:
             listing = asyncio.get_running_loop().create_task(self._list())
             listing.add_done_callback(_see)
             self._listing, self._listed_s = listing, now_s
-        return await asyncio.shield(listing)
+        try:
+            return await asyncio.shield(listing)
+        finally:
+            del listing  # as in `get`
 
     async def _list(self) -> set[str]:
         return set(await asyncio.to_thread(self._store.tasks))

@@ -94,7 +94,7 @@ def make_api(
         before_each: Awaited before each request is answered; its errors are the answer.
     """
     api = _new_api(before_each)
-    shortcut = PredictRoute(api.beyond, predictor, default_task, before_each, _any)
+    shortcut = PredictRoute(api.beyond, predictor, fan_out, default_task, before_each, _any)
     api.front = BodyLimit(shortcut, max_body_bytes, max_upload_bytes)
     _add_predictions(api, predictor, default_task, fan_out)
     listing = Listing(tasks, usage)

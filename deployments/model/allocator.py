@@ -4,7 +4,7 @@ An activation of 32 rows x 64 tokens x 3,072 is 25 MB. By default glibc gives su
 the kernel when it is freed, and fetches it again in zeroed pages of 4 KB with a fault each: a
 quarter to almost half of an int8 forward (docs/adr/0004). Arenas beside the first hold no block
 over 64 MB, and the forward has a thread of its own, so there is one arena. The price: a replica's
-memory stays at its peak, which its largest batch sets.
+memory stays near its peak, which its largest batch sets.
 
 oneDNN keeps what it made for a product of so many tokens by a weight of such a shape: code and room
 to work in, 2.4 MiB in the mean of BERT-base's shapes in fp32. It would keep 1,024 of them, and

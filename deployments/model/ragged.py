@@ -34,7 +34,7 @@ logger = logging.getLogger("ray.serve")
 
 _NAME = "onebase_ragged"
 _TRIED = (1, 24, 7, 7, 12)  # lengths in tokens
-# oneDNN makes a kernel for each number of tokens and keeps it: 0.6 ms and 0.65 MiB in fp32. Few
+# oneDNN makes a kernel for each number of tokens, in 0.6 ms, and keeps a few (`allocator.py`). Few
 # tokens are rounded to finer steps: of a row alone the coarse ones would be a tenth of its forward.
 _STEP, _FINE_STEP, _FEW = 16, 4, 64
 

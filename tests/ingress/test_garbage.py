@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from adapters.directory import Directory
-from adapters.errors import AdapterError, AdapterRefused, BankFull
+from adapters.errors import AdapterError, AdapterRefused, BankFull, StoreUnreachable
 from deployments.errors import BadInput, Overloaded, RequestError, TooLate
 from deployments.garbage import look_when_calm
+from deployments.ingress.described import Described
 from deployments.ingress.folders import Folders
 from deployments.ingress.predict import Predictor
 from deployments.ingress.replicas import Replicas
@@ -122,6 +123,34 @@ async def test_a_version_that_cannot_answer(
     assert told == [error] * (1 + TIMES)
 
 
+async def test_a_version_that_is_asked_for_again_and_again(
+    make_facts: Callable[..., Facts], make_record: Callable[..., TaskRecord]
+) -> None:
+    described, record = Described(Model(make_facts).describe, retry_s=0), make_record(REFUSED)
+
+    async def ask() -> None:
+        with contextlib.suppress(AdapterRefused):
+            await described.get("mood", REFUSED, record)
+            raise AssertionError("it was had")
+
+    assert await cycles(ask) == 0
+
+
+async def test_a_store_that_is_away(store: Directory, make_facts: Callable[..., Facts]) -> None:
+    class Away(Directory):
+        def tasks(self) -> list[str]:
+            raise StoreUnreachable("s3://there", "it is away")
+
+    folders = Folders(Away(store.root), Model(make_facts).describe, list_every_s=0)
+
+    async def ask() -> None:
+        with contextlib.suppress(StoreUnreachable):
+            await folders.names()
+            raise AssertionError("it was listed")
+
+    assert await cycles(ask) == 0
+
+
 async def test_a_task_that_is_not_there(predictor: Predictor, tasks: Tasks) -> None:
     api = make_api(tasks, predictor, default_task=None, max_body_bytes=1024, max_upload_bytes=1024)
     path = "/v1/tasks/nobody/predict"
@@ -182,6 +211,8 @@ async def test_what_others_leave_is_looked_for_while_little_is_asked() -> None:
         cycle.of_itself = cycle  # type: ignore[attr-defined]
         return weakref.ref(cycle)
 
+    early = Cycle()
+    early_ref = weakref.ref(early)
     gc.disable()
     calm = False
     looking = asyncio.create_task(look_when_calm(lambda: calm, every_s=0.02))
@@ -193,6 +224,11 @@ async def test_what_others_leave_is_looked_for_while_little_is_asked() -> None:
         calm = True
         await asyncio.sleep(0.1)
         assert left() is None
+        # What has outlived looks is looked for too.
+        early.of_itself = early  # type: ignore[attr-defined]
+        del early
+        await asyncio.sleep(0.1)
+        assert early_ref() is None
     finally:
         gc.enable()
         looking.cancel()

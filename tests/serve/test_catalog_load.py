@@ -346,6 +346,7 @@ class Stream:
         assert self.last is None or seen in (self.last, *self.unsure), (seen, self)
 
 
+@pytest.mark.slow
 def test_a_catalog_that_is_killed_under_a_stream_of_changes_loses_none(running: Any) -> None:
     streams = [Stream(running.url, task) for task in TASKS]
     ending, rng = threading.Event(), random.Random(7)
@@ -512,6 +513,7 @@ def doomed(url: str) -> bool:
     return bool(going)
 
 
+@pytest.mark.slow
 def test_a_restart_brings_back_tasks_traffic_and_pins_and_answers_the_same(
     running: Any, store: Path
 ) -> None:
