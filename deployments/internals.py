@@ -1,4 +1,4 @@
-"""What Ray Serve knows and has no public name for: the one file with its private calls.
+"""What Ray and Serve know and have no public name for: the one file with their private calls.
 
 Pinned to Ray's minor version by tests/serve/test_internals.py.
 """
@@ -6,8 +6,11 @@ Pinned to Ray's minor version by tests/serve/test_internals.py.
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 
 import ray
+from ray._private import services
 from ray.exceptions import RayError
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
@@ -15,6 +18,24 @@ from ray.serve.schema import ReplicaState
 
 _NAMESPACE = "serve"
 _CONTROLLER_S = 2.0
+_CONNECT_S = 2.0
+
+
+def last_cluster_is_dead() -> bool:
+    """Tell whether nobody answers for the cluster that Ray would join here by itself.
+
+    Ray notes where this machine's last cluster was and forgets it when that is stopped. Of one that
+    was killed the note stays, and whoever starts next would wait for it in vain.
+    """
+    address = services.find_bootstrap_address(None)
+    if address is None or os.environ.get("RAY_ADDRESS"):
+        return False
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except OSError:
+        return True
+    return False
 
 
 def bind_host() -> str:

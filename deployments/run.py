@@ -26,6 +26,7 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, Serve
 from ray.serve.scripts import cli
 
 from deployments.config import Args, ConfigError, set_unless_said
+from deployments.internals import last_cluster_is_dead
 
 _BUILDER = "deployments.app:build"
 # HAProxy ends connections to an ingress that it could use again once it has a quarter of what it
@@ -54,7 +55,11 @@ def main(arguments: list[str]) -> int:
     set_unless_said(_CONNECTIONS, str(connections(resource.getrlimit(_FILES)[1])))
     watch = threading.Thread(target=_watch, args=(names, address, failed, ending), daemon=True)
     try:
-        ray.init(namespace="serve", logging_level=logging.WARNING)
+        ray.init(
+            "local" if last_cluster_is_dead() else None,
+            namespace="serve",
+            logging_level=logging.WARNING,
+        )
         signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which sets its own
         watch.start()
         cli.main(["run", arguments[0]], standalone_mode=False)

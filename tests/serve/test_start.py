@@ -12,6 +12,7 @@ import httpx2
 import psutil
 import pytest
 
+from benchmarks.servers import free_port
 from deployments.run import connections
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,6 +98,9 @@ def test_a_configuration_file_is_served_until_sigterm(
     config = server.write_config(
         adapter_store=str(examples), quantization="none", default_task="topic"
     )
+    killed = server.home / "ray" / "ray_current_cluster"  # as the last server here, with its note
+    killed.parent.mkdir()
+    killed.write_text(f"127.0.0.1:{free_port()}")
     server.start("-m", "deployments", config)
     server.wait_until(lambda: "ready" in server.log.read_text())
     assert f"onebase: ready at {server.url}" in server.log.read_text()
