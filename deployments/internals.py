@@ -6,7 +6,6 @@ Pinned to Ray's minor version by tests/serve/test_internals.py.
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 
 import ray
@@ -28,8 +27,8 @@ def last_cluster_is_dead() -> bool:
     was killed the note stays, and whoever starts next would wait for it in vain.
     """
     address = services.find_bootstrap_address(None)
-    if address is None or os.environ.get("RAY_ADDRESS"):
-        return False
+    if address is None or address != services.get_ray_address_from_environment(None, None):
+        return False  # there is none, or RAY_ADDRESS says another
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
