@@ -27,7 +27,7 @@ def last_cluster_is_dead() -> bool:
     was killed the note stays, and whoever starts next would wait for it in vain.
     """
     address = services.find_bootstrap_address(None)
-    if address is None or address != services.get_ray_address_from_environment(None, None):
+    if address is None or address != services.get_ray_address_from_environment("auto", None):
         return False  # there is none, or RAY_ADDRESS says another
     host, _, port = address.rpartition(":")
     try:
