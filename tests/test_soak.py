@@ -41,6 +41,13 @@ def test_what_grew_is_named(found: Soaked, expected: list[str]) -> None:
     assert grew(found, MOST_GROWTH) == expected
 
 
+def test_a_replica_that_was_replaced_is_told() -> None:
+    found = soaked()
+    (told,) = grew(found._replace(after={"Model 3": REST, "Ingress 2": REST}), MOST_GROWTH)
+    assert told.startswith("other replicas")
+    assert "Model 3" in told
+
+
 def test_memory_is_told_by_parts_of_the_time() -> None:
     samples = [{"Model 1": REST._replace(mib=float(n))} for n in range(10)]
     assert memory(samples, "Model 1") == [0.5, 2.5, 4.5, 6.5, 8.5]

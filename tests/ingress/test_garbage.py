@@ -204,11 +204,11 @@ async def test_a_request_that_is_not_let_in(
 
 async def test_what_others_leave_is_looked_for_while_little_is_asked() -> None:
     class Cycle:
-        pass
+        of_itself: "Cycle | None" = None
 
     def leave() -> weakref.ref[Cycle]:
         cycle = Cycle()
-        cycle.of_itself = cycle  # type: ignore[attr-defined]
+        cycle.of_itself = cycle
         return weakref.ref(cycle)
 
     early = Cycle()
@@ -225,7 +225,7 @@ async def test_what_others_leave_is_looked_for_while_little_is_asked() -> None:
         await asyncio.sleep(0.1)
         assert left() is None
         # What has outlived looks is looked for too.
-        early.of_itself = early  # type: ignore[attr-defined]
+        early.of_itself = early
         del early
         await asyncio.sleep(0.1)
         assert early_ref() is None
