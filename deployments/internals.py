@@ -27,8 +27,8 @@ def last_cluster_is_dead() -> bool:
     was killed the note stays, and whoever starts next would wait for it in vain.
     """
     address = services.find_bootstrap_address(None)
-    if address is None or address != services.get_ray_address_from_environment("auto", None):
-        return False  # there is none, or RAY_ADDRESS says another
+    if address is None or services.get_ray_address_from_environment("local", None) != "local":
+        return False  # there is none, or RAY_ADDRESS says which one to join
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()

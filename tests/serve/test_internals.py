@@ -2,12 +2,16 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
+
 from benchmarks.servers import free_port
+from deployments.internals import last_cluster_is_dead
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.2"  # neither Serve's default nor what other tests configure
@@ -64,3 +68,30 @@ def test_the_host_and_the_replicas_are_what_serve_knows(short_dir: Path) -> None
     # Ray says things there too.
     (told,) = [line for line in done.stdout.splitlines() if line.startswith('{"driver"')]
     assert json.loads(told) == dict.fromkeys(("driver", "replica", "client"), HOST)
+
+
+@pytest.fixture
+def note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where Ray notes this machine's last cluster, for this test alone."""
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / "ray").mkdir()
+    return tmp_path / "ray" / "ray_current_cluster"
+
+
+def test_a_last_cluster_that_was_killed_is_known_by_its_silence(note: Path) -> None:
+    assert not last_cluster_is_dead()  # there was none
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        note.write_text(f"127.0.0.1:{listening.getsockname()[1]}")
+        assert not last_cluster_is_dead()
+    assert last_cluster_is_dead()
+
+
+@pytest.mark.parametrize("said", ["192.0.2.1:6379", "the note's"])
+def test_a_cluster_that_was_named_is_never_replaced_by_a_new_one(
+    note: Path, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    note.write_text(address)
+    monkeypatch.setenv("RAY_ADDRESS", address if said == "the note's" else said)
+    assert not last_cluster_is_dead()

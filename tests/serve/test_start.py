@@ -92,6 +92,7 @@ def test_serve_run_takes_typed_arguments_and_ends_with_ctrl_c(
     assert taken_s < STOP_S, server.log.read_text()
 
 
+@pytest.mark.usefixtures("cluster")  # another Ray runs here, and is not the last one's
 def test_a_configuration_file_is_served_until_sigterm(
     server: Any, examples: Path, oracle: Any, run_example: Any
 ) -> None:
