@@ -9,7 +9,7 @@ import asyncio
 import socket
 
 import ray
-from ray._private import services
+from ray._private import ray_constants, services
 from ray.exceptions import RayError
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
@@ -35,6 +35,11 @@ def last_cluster_is_dead() -> bool:
     except OSError:
         return True
     return False
+
+
+def is_encrypted() -> bool:
+    """Tell whether Ray was told to encrypt what its processes say to each other."""
+    return bool(ray_constants.env_bool("RAY_USE_TLS", False))
 
 
 def bind_host() -> str:

@@ -16,8 +16,10 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.errors import BatchLoopDied, NotReady, ReplicasLost
+from deployments.frames import Address
 from deployments.ingress.calls import Answers, Encodings
 from deployments.ingress.catalog import CatalogLost
+from deployments.ingress.lines import Lines
 from deployments.ingress.outbox import CallLost, NotTaken, ReplicaLost
 from deployments.ingress.replicas import Replicas
 from deployments.rows import Facts, Parcel, Reply, Residency
@@ -38,6 +40,7 @@ class ModelHandle:
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         """Take Serve's handle."""
         self._handle = handle
+        self._lines = Lines(self._find)
         self._replicas = Replicas(self)
 
     async def vocabulary(self) -> Vocabulary:
@@ -65,6 +68,9 @@ class ModelHandle:
         self, replica: str, ingress: str, heard: int, parcels: Sequence[Parcel], gone: Sequence[int]
     ) -> Reply:
         """Call one replica; see `replicas.Calls`."""
+        line = self._lines.to(replica)
+        if line is not None:
+            return await line.call(ingress, heard, parcels, gone)
         call = self._handle.options(
             method_name="exchange",
             session_id=replica,
@@ -83,10 +89,13 @@ class ModelHandle:
 
     async def publish(self, heard: dict[str, int]) -> list[tuple[str, Residency | None] | None]:
         """Ask all replicas who they are; see `replicas.Calls`."""
-        return [
+        told = [
             None if isinstance(answer, Exception) else answer
             for answer in await self._all("publish", heard)
         ]
+        if None not in told:
+            self._lines.keep([name for name, _ in filter(None, told)])
+        return told
 
     async def residency(self, after: str, limit: int) -> list[dict[str, Any]]:
         """Ask all replicas what they hold; one that is lost meanwhile is left out."""
@@ -94,6 +103,15 @@ class ModelHandle:
         if not answers:
             raise NotReady("no model replica is running")
         return [answer for answer in answers if isinstance(answer, dict)]
+
+    async def _find(self, replica: str) -> Address | None:
+        """Ask where a replica takes calls past Serve."""
+        call = self._handle.options(method_name="address", session_id=replica)
+        try:
+            address: Address | None = await call.remote(replica)
+        except (BackPressureError, DeploymentUnavailableError, *_UNREACHED):
+            return None
+        return address
 
     async def _all(self, method: str, *given: Any) -> list[Any]:
         """Call all replicas; what one that is lost meanwhile answers is an exception."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import time
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ from adapters.documents import open_documents
 from adapters.rules import ProblemType
 from deployments.config import Args, ConfigError
 from deployments.errors import BatchLoopDied
+from deployments.frames import Address
 from deployments.journal import Journal
 from deployments.model.answers import as_data
 from deployments.model.budget import Budget, limits
@@ -24,14 +24,15 @@ from deployments.model.engine import BadRow, make_engine
 from deployments.model.exchange import Exchange, Ways
 from deployments.model.facts import to_facts
 from deployments.model.fitting import DoesNotFit
-from deployments.model.handles import catalog_poll, hot_on_peers, num_nodes, replica_name
+from deployments.model.handles import catalog_poll, hot_on_peers, num_nodes, own_host, replica_name
 from deployments.model.health import Health
+from deployments.model.listener import Listener
 from deployments.model.memory import take_stock
 from deployments.model.news import News
 from deployments.model.residents import Residents
 from deployments.model.scores import NoNumber
 from deployments.model.slot_writes import SlotWrites
-from deployments.model.threads import forward_thread, forward_threads
+from deployments.model.threads import forward_thread, forward_threads, timed
 from deployments.model.vocabulary import export_vocabulary, to_pages
 from deployments.model.warmup import bring, warm_up
 from deployments.room import Room
@@ -89,6 +90,9 @@ class Model:
         enter_row = partial(enter, self.answer)
         ways = Ways(self.residents.pin, enter_row, as_data, self.planner.promise)
         self._exchange = Exchange(replica_name(), ways, self._news, Room(args.max_rows_on_the_way))
+        self._listener = Listener(self._exchange.call)
+        await self._listener.start(own_host())
+        self.__del__ = self._listener.close  # Serve's; of the class it would be Python's too
         await self._follow_catalog(args)
         await self.residents.load_pinned()
         await bring(self.residents, await hot_on_peers(), _BRING_S)
@@ -223,6 +227,10 @@ class Model:
             return self._exchange.not_taken()
         return await self._exchange.call(ingress, heard, parcels, gone)
 
+    async def address(self, replica: str) -> Address | None:
+        """Say where this replica takes calls past Serve; None if nowhere, or it is another one."""
+        return self._listener.address if replica == self._exchange.replica else None
+
     async def publish(self, heard: dict[str, int]) -> tuple[str, Residency | None]:
         """Say who this is, and what changed in its slots after the change that was last `heard`."""
         name = self._exchange.replica
@@ -232,8 +240,9 @@ class Model:
     async def answer(self, rows: list[Row]) -> list[Prediction | Exception]:
         """Answer one row; what reaches the body is the batch that it went through in."""
         lengths = [row.num_tokens for row in rows]
+        answers: list[Prediction | Exception]
         try:
-            answers, seconds = await self._on_device(_timed, self.engine.predict, rows)
+            answers, seconds = await self._on_device(timed, self.engine.predict, rows)
         except DoesNotFit:
             self.planner.note_too_large(lengths)
             raise
@@ -281,12 +290,3 @@ class Model:
 
     async def _on_device(self, work: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._device, work, *args)
-
-
-def _timed(
-    predict: Callable[[list[Row]], list[Prediction | Exception]], rows: list[Row]
-) -> tuple[list[Prediction | Exception], float]:
-    """Answer rows, and say in how many seconds: on the device's thread, so that no wait counts."""
-    started_s = time.perf_counter()
-    answers = predict(rows)
-    return answers, time.perf_counter() - started_s

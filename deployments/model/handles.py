@@ -9,6 +9,7 @@ import ray
 from ray import serve
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
+from deployments import internals
 from deployments.watch import Poll
 
 # How long a replica that starts waits for the others' word.
@@ -21,6 +22,15 @@ def replica_name() -> str:
         return serve.get_replica_context().replica_id.unique_id
     except RayServeException:
         return "alone"
+
+
+def own_host() -> str | None:
+    """Return where ingresses reach this replica; None without Serve, or if Ray is to encrypt."""
+    try:
+        serve.get_replica_context()
+    except RayServeException:
+        return None
+    return None if internals.is_encrypted() else ray.util.get_node_ip_address()
 
 
 def catalog_poll() -> Poll | None:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 import os
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from deployments.config import Args
+
+A = TypeVar("A")
+T = TypeVar("T")
 
 # By which a forward on the CPU gives way to event loops: a row that has to wait for a CPU waits for
 # those that compute, and a door that has none to refuse a flood lets nobody in.
@@ -61,3 +67,10 @@ def count_cpus(quota: Path = _QUOTA) -> int:
     except (OSError, ValueError):  # no cgroup of version 2 here
         return cpus
     return cpus if most == "max" else min(cpus, max(1, int(most) // int(period)))
+
+
+def timed(work: Callable[[A], T], given: A) -> tuple[T, float]:
+    """Work, and say in how many seconds: called on the device's thread, so that no wait counts."""
+    started_s = time.perf_counter()
+    done = work(given)
+    return done, time.perf_counter() - started_s

@@ -1,0 +1,101 @@
+"""Where a model replica takes calls that do not go through Serve. Knows no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import pickle
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from deployments.frames import MAX_BYTES, Address, Frames
+from deployments.rows import Reply
+
+logger = logging.getLogger("ray.serve")
+
+_SECRET_BYTES = 32
+# How long somebody may be connected who has not said the secret.
+_UNKNOWN_S = 5.0
+# How long a replica that stops waits for the ingresses to hang up, which they do when they hear
+# that Serve has removed it; they ask once a second.
+_LEAVING_S = 3.0
+
+
+class Listener:
+    """Answers the calls of whoever knows its secret, each as soon as there is something to say.
+
+    What is read is pickled: whoever may call may do everything here, as with Ray's own calls. The
+    secret is told through those.
+
+    Attributes:
+        address: Where to call and what to say; None while nobody can.
+    """
+
+    def __init__(self, call: Callable[..., Awaitable[Reply]]) -> None:
+        """Take what answers a call; see `deployments.model.exchange.Exchange.call`."""
+        self.address: Address | None = None
+        self._call = call
+        self._calls: dict[Frames, set[asyncio.Task[None]]] = {}  # by who may call
+        self._server: asyncio.Server | None = None
+
+    async def start(self, host: str | None) -> None:
+        """Listen on a free port of a host's address; None is nowhere."""
+        if host is None:
+            return
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(self._connected, host, 0)
+        port = self._server.sockets[0].getsockname()[1]
+        self.address = Address(
+            host, port, secrets.token_bytes(_SECRET_BYTES), secrets.token_bytes(_SECRET_BYTES)
+        )
+
+    async def close(self) -> None:
+        """Take no more callers, and wait until those that are there have hung up, but not long."""
+        if self._server is None:
+            return
+        self.address = None
+        self._server.close()
+        ends_s = asyncio.get_running_loop().time() + _LEAVING_S
+        while self._calls and asyncio.get_running_loop().time() < ends_s:
+            await asyncio.sleep(0.02)
+        for frames in [*self._calls]:
+            frames.close()
+
+    def _connected(self) -> Frames:
+        frames = Frames(self._heard, self._ended, max_bytes=_SECRET_BYTES)
+        asyncio.get_running_loop().call_later(_UNKNOWN_S, self._drop_unknown, frames)
+        return frames
+
+    def _drop_unknown(self, frames: Frames) -> None:
+        if frames not in self._calls:
+            frames.close()
+
+    def _heard(self, frames: Frames, message: bytes) -> None:
+        calls = self._calls.get(frames)
+        if calls is None:
+            self._let_in(frames, message)
+            return
+        number, given = pickle.loads(message)
+        call = asyncio.get_running_loop().create_task(self._reply(frames, number, given))
+        calls.add(call)
+        call.add_done_callback(calls.discard)
+
+    def _let_in(self, frames: Frames, message: bytes) -> None:
+        if self.address is None or not secrets.compare_digest(message, self.address.ask):
+            frames.close()
+            return
+        frames.max_bytes = MAX_BYTES
+        self._calls[frames] = set()
+        frames.send(self.address.answer)
+
+    async def _reply(self, frames: Frames, number: int, given: tuple[Any, ...]) -> None:
+        try:
+            frames.send(pickle.dumps((number, await self._call(*given))))
+        except Exception as error:
+            logger.error("a call of an ingress failed", exc_info=error)
+            frames.close()  # so that it hears of it
+
+    def _ended(self, frames: Frames) -> None:
+        for call in self._calls.pop(frames, ()):
+            call.cancel()
