@@ -1,0 +1,108 @@
+"""Rows go to the model over a connection, and by Serve's calls while there is none."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import httpx2
+import pytest
+
+from deployments.rows import Parcel, Reply
+
+ROOT = Path(__file__).resolve().parents[2]
+REQUESTS = 40
+
+
+@pytest.fixture(scope="module")
+def counted(cluster: str) -> Iterator[tuple[str, Any]]:
+    """An application whose model counts Serve's calls; yields where to predict, and its model."""
+    from ray import serve
+
+    from benchmarks.noop.hop import NoForward
+    from deployments import app
+    from deployments.config import Args
+
+    class Counted(NoForward):
+        by_serve = 0
+
+        async def exchange(
+            self,
+            replica: str,
+            ingress: str,
+            heard: int,
+            parcels: Sequence[Parcel],
+            gone: Sequence[int],
+        ) -> Reply:
+            self.by_serve += 1
+            return await super().exchange(replica, ingress, heard, parcels, gone)
+
+        async def num_by_serve(self) -> int:
+            return self.by_serve
+
+        async def num_connected(self) -> int:
+            return len(self._listener._calls)
+
+        async def hang_up(self) -> None:
+            """Be nowhere to be reached but by Serve."""
+            self._listener.address = None
+            for frames in [*self._listener._calls]:
+                frames.close()
+
+    args = Args(
+        base_model=str(ROOT / "examples" / "base"),
+        adapter_store=str(ROOT / "examples" / "store"),
+        quantization="none",
+        device="cpu",
+        num_cpus=1,
+    )
+    with patch.object(app, "Model", Counted):
+        serve.run(app.build(args), name="counted", route_prefix="/counted")
+    yield (
+        f"{cluster}/counted/v1/tasks/spam/predict",
+        serve.get_deployment_handle("Model", "counted"),
+    )
+    serve.delete("counted")
+
+
+def count(model: Any, method: str) -> int:
+    told: int = getattr(model, method).remote().result(timeout_s=30)
+    return told
+
+
+def predict(url: str) -> None:
+    response = httpx2.post(url, json={"texts": ["Is it there?"]}, timeout=30)
+    assert response.status_code == 200, response.text
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    until_s = time.monotonic() + 20
+    while not happened():
+        assert time.monotonic() < until_s
+        time.sleep(0.1)
+
+
+def test_rows_go_over_a_connection_once_there_is_one(counted: tuple[str, Any]) -> None:
+    url, model = counted
+    predict(url)
+    wait_until(lambda: count(model, "num_connected") == 1)
+    by_serve, answered = count(model, "num_by_serve"), count(model, "num_answered")
+    for _ in range(REQUESTS):
+        predict(url)
+    assert count(model, "num_answered") == answered + REQUESTS
+    assert count(model, "num_by_serve") == by_serve
+    assert count(model, "num_connected") == 1
+
+
+def test_rows_go_by_serve_s_calls_where_there_is_no_connection(counted: tuple[str, Any]) -> None:
+    url, model = counted
+    predict(url)
+    wait_until(lambda: count(model, "num_connected") == 1)
+    model.hang_up.remote().result(timeout_s=30)
+    by_serve, answered = count(model, "num_by_serve"), count(model, "num_answered")
+    for _ in range(REQUESTS):
+        predict(url)
+    assert count(model, "num_connected") == 0
+    assert count(model, "num_answered") == answered + REQUESTS
+    assert count(model, "num_by_serve") >= by_serve + REQUESTS
