@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from dataclasses import dataclass, field
+from typing import cast
 
 _LENGTH = struct.Struct("<I")
 # Calls and replies have their own bounds, far below.
 MAX_BYTES = 2**26
 
 
-class Address(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Address:
     """Where a model replica takes calls that do not go through Serve.
 
     Attributes:
@@ -24,8 +26,8 @@ class Address(NamedTuple):
 
     host: str
     port: int
-    ask: bytes
-    answer: bytes
+    ask: bytes = field(repr=False)
+    answer: bytes = field(repr=False)
 
 
 class Frames(asyncio.Protocol):
@@ -59,8 +61,9 @@ class Frames(asyncio.Protocol):
 
     def close(self) -> None:
         """End the connection; what is still on its way is lost."""
-        if self._transport is not None:
-            self._transport.abort()
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin; the event loop calls it."""

@@ -4,6 +4,7 @@ import asyncio
 import os
 import pickle
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +239,7 @@ async def test_a_replica_that_is_not_reached_is_tried_again_after_a_while(
         asked.append(asyncio.get_running_loop().time())
         if len(asked) > 1:
             return here
-        return None if where == "nowhere" else here._replace(port=1)
+        return None if where == "nowhere" else replace(here, port=1)
 
     to = Lines(find)
     line = await opened(to)
