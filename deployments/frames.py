@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +12,9 @@ from typing import cast
 _LENGTH = struct.Struct("<I")
 # Calls and replies have their own bounds, far below.
 MAX_BYTES = 2**26
+# Seconds without a word, between two questions whether anybody is there, and how many of these;
+# milliseconds that what was sent is not confirmed.
+_SILENCE = {"TCP_KEEPIDLE": 2, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 5_000}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,7 @@ class Frames(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin; the event loop calls it."""
+        _notice_silence(transport.get_extra_info("socket"))
         self._transport = cast("asyncio.Transport", transport)  # uvloop's are no subclass
 
     def data_received(self, data: bytes) -> None:
@@ -89,3 +94,15 @@ class Frames(asyncio.Protocol):
         """End; the event loop calls it."""
         self._transport = None
         self._ended(self)
+
+
+def _notice_silence(connection: socket.socket) -> None:
+    """Have a connection end if the other side's kernel says nothing for some seconds.
+
+    Else one that is cut without a word (a firewall, a node without power) would be waited on for a
+    quarter of an hour.
+    """
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _SILENCE.items():
+        if hasattr(socket, name):  # these are Linux's
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -1,6 +1,7 @@
 """Messages over a connection, on both event loops that a replica may have."""
 
 import asyncio
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,13 @@ class Transport:
 
     def abort(self) -> None:
         self.aborted = True
+
+    def get_extra_info(self, name: str) -> "Transport":
+        assert name == "socket"
+        return self
+
+    def setsockopt(self, *option: int) -> None:
+        pass
 
 
 def ended(_: Frames) -> None:
@@ -98,6 +106,11 @@ def test_an_end_is_told_to_both(new_loop: Callable[[], asyncio.AbstractEventLoop
         )
         client = Frames(lambda _, message: heard.append(message), lambda _: end("client"))
         await loop.create_connection(lambda: client, *server.sockets[0].getsockname())
+        assert client._transport is not None
+        for option, least in (("SO_KEEPALIVE", 1), ("TCP_USER_TIMEOUT", 1000)):
+            level = socket.SOL_SOCKET if option.startswith("SO") else socket.IPPROTO_TCP
+            connection = client._transport.get_extra_info("socket")
+            assert connection.getsockopt(level, getattr(socket, option)) >= least
         for message in MESSAGES:
             client.send(message)
         async with asyncio.timeout(5):

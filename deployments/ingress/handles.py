@@ -1,4 +1,4 @@
-"""The other deployments as the ingress asks them, over Ray Serve's handles."""
+"""The other deployments as the ingress asks them: by Ray Serve's handles, rows past them."""
 
 from __future__ import annotations
 

@@ -7,20 +7,19 @@ import itertools
 import logging
 import pickle
 import secrets
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextvars import Context
 from functools import partial
-from typing import Any
 
 from deployments.frames import Address, Frames
-from deployments.ingress.outbox import CallLost
-from deployments.rows import Reply
+from deployments.ingress.outbox import ReplicaLost
+from deployments.rows import Parcel, Reply
 
 logger = logging.getLogger("ray.serve")
 
-_OPEN_S = 2.0
-# How long a replica that could not be reached is not tried again.
-_AGAIN_S = 5.0
+# How long it may take to find a replica and connect; that fails or not, how long until it is tried
+# again.
+_OPEN_S, _AGAIN_S = 5.0, 5.0
 _ENDED = "the connection to the replica has ended"
 
 
@@ -35,35 +34,42 @@ class Line:
         self._waiting: dict[int, asyncio.Future[Reply]] = {}
         self._known: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it can be called over."""
+        return self._frames.is_open
+
     async def open(self) -> None:
         """Connect.
 
         Raises:
             OSError: Nobody is there, or somebody else.
-            TimeoutError: It took too long.
         """
         loop, address = asyncio.get_running_loop(), self._address
         try:
-            async with asyncio.timeout(_OPEN_S):
-                await loop.create_connection(lambda: self._frames, address.host, address.port)
-                self._frames.send(address.ask)
-                await self._known
-        except (OSError, TimeoutError):
+            await loop.create_connection(lambda: self._frames, address.host, address.port)
+            self._frames.send(address.ask)
+            await self._known
+        except BaseException:
+            self._known.cancel()
             self._frames.close()
             raise
 
-    async def call(self, *given: Any) -> Reply:
+    async def call(
+        self, ingress: str, heard: int, parcels: Sequence[Parcel], gone: Sequence[int]
+    ) -> Reply:
         """Call; see `deployments.model.exchange.Exchange.call`.
 
         Raises:
-            CallLost: The connection has ended.
+            ReplicaLost: The connection has ended, and most likely the replica with it.
         """
         if not self._frames.is_open:
-            raise CallLost(_ENDED)
+            raise ReplicaLost(_ENDED)
         number = next(self._numbers)
+        message = pickle.dumps((number, (ingress, heard, parcels, gone)))
         reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._waiting[number] = reply
-        self._frames.send(pickle.dumps((number, given)))
+        self._frames.send(message)
         try:
             return await reply
         finally:
@@ -76,8 +82,10 @@ class Line:
     def _heard(self, frames: Frames, message: bytes) -> None:
         if not self._known.done():
             if not secrets.compare_digest(message, self._address.answer):
-                raise ConnectionError("somebody else answers there")  # unread: it may be anything
-            self._known.set_result(None)
+                self._known.set_exception(ConnectionError("somebody else answers there"))
+                frames.close()  # unread: it may be anything
+            else:
+                self._known.set_result(None)
             return
         number, reply = pickle.loads(message)
         waiting = self._waiting.get(number)
@@ -89,7 +97,7 @@ class Line:
             self._known.set_exception(ConnectionError("it does not let us in"))
         for waiting in self._waiting.values():
             if not waiting.done():
-                waiting.set_exception(CallLost(_ENDED))
+                waiting.set_exception(ReplicaLost(_ENDED))
         self._ended(self)
 
 
@@ -101,6 +109,7 @@ class Lines:
         self._find = find
         self._lines: dict[str, Line] = {}
         self._opening: dict[str, asyncio.Task[None]] = {}
+        self._unreached: set[str] = set()  # that was said
 
     def to(self, replica: str) -> Line | None:
         """Return the connection to a replica; None if there is none, or none yet."""
@@ -116,19 +125,28 @@ class Lines:
         """Hang up on all other replicas."""
         for name in self._lines.keys() - {*replicas}:
             self._lines.pop(name).close()
+        for name in self._opening.keys() - {*replicas}:
+            self._opening[name].cancel()
+        self._unreached &= {*replicas}
 
     async def _open(self, replica: str) -> None:
-        address = await self._find(replica)
-        if address is not None:
-            line = Line(address, partial(self._ended, replica))
-            try:
-                await line.open()
-            except (OSError, TimeoutError) as error:
-                where = f"{address.host}:{address.port} ({error!r})"
-                logger.warning("calls to %s go through Serve, not to %s", replica, where)
-            else:
-                self._lines[replica] = line
-                return
+        try:
+            async with asyncio.timeout(_OPEN_S):
+                address = await self._find(replica)
+                if address is not None:
+                    line = Line(address, partial(self._ended, replica))
+                    await line.open()
+                    if line.is_open:
+                        self._lines[replica] = line
+                        return
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if current is None or current.cancelling():
+                raise  # else Ray Serve has cancelled a call, and nobody here has
+        except Exception as error:
+            if replica not in self._unreached:
+                self._unreached.add(replica)
+                logger.warning("calls to %s go through Serve alone: %r", replica, error)
         await asyncio.sleep(_AGAIN_S)
 
     def _ended(self, replica: str, line: Line) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import pickle
 import secrets
@@ -17,15 +18,15 @@ logger = logging.getLogger("ray.serve")
 _SECRET_BYTES = 32
 # How long somebody may be connected who has not said the secret.
 _UNKNOWN_S = 5.0
-# How long a replica that stops waits for the ingresses to hang up, which they do when they hear
-# that Serve has removed it; they ask once a second.
-_LEAVING_S = 3.0
+# How long a replica that stops waits for the ingresses to hang up. They do when they hear that
+# Serve has removed it; they ask once a second, and hear nothing new while another replica hangs.
+_HANG_UP_S = 3.0
 
 
 class Listener:
     """Answers the calls of whoever knows its secret, each as soon as there is something to say.
 
-    What is read is pickled: whoever may call may do everything here, as with Ray's own calls. The
+    What is read is unpickled: whoever may call may do everything here, as with Ray's own calls. The
     secret is told through those.
 
     Attributes:
@@ -37,6 +38,8 @@ class Listener:
         self.address: Address | None = None
         self._call = call
         self._calls: dict[Frames, set[asyncio.Task[None]]] = {}  # by who may call
+        self._unknown: dict[Frames, asyncio.TimerHandle] = {}
+        self._hung_up = asyncio.Event()
         self._server: asyncio.Server | None = None
 
     async def start(self, host: str | None) -> None:
@@ -44,7 +47,11 @@ class Listener:
         if host is None:
             return
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(self._connected, host, 0)
+        try:
+            self._server = await loop.create_server(self._connected, host, 0)
+        except OSError as error:  # a node may go by an address that is not its own
+            logger.warning("nobody can call this replica at %s (%s), but by Serve", host, error)
+            return
         port = self._server.sockets[0].getsockname()[1]
         self.address = Address(
             host, port, secrets.token_bytes(_SECRET_BYTES), secrets.token_bytes(_SECRET_BYTES)
@@ -56,20 +63,19 @@ class Listener:
             return
         self.address = None
         self._server.close()
-        ends_s = asyncio.get_running_loop().time() + _LEAVING_S
-        while self._calls and asyncio.get_running_loop().time() < ends_s:
-            await asyncio.sleep(0.02)
-        for frames in [*self._calls]:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_HANG_UP_S):
+                while self._calls:
+                    self._hung_up.clear()
+                    await self._hung_up.wait()
+        for frames in [*self._calls, *self._unknown]:
             frames.close()
 
     def _connected(self) -> Frames:
         frames = Frames(self._heard, self._ended, max_bytes=_SECRET_BYTES)
-        asyncio.get_running_loop().call_later(_UNKNOWN_S, self._drop_unknown, frames)
+        loop = asyncio.get_running_loop()
+        self._unknown[frames] = loop.call_later(_UNKNOWN_S, frames.close)
         return frames
-
-    def _drop_unknown(self, frames: Frames) -> None:
-        if frames not in self._calls:
-            frames.close()
 
     def _heard(self, frames: Frames, message: bytes) -> None:
         calls = self._calls.get(frames)
@@ -85,6 +91,7 @@ class Listener:
         if self.address is None or not secrets.compare_digest(message, self.address.ask):
             frames.close()
             return
+        self._unknown.pop(frames).cancel()
         frames.max_bytes = MAX_BYTES
         self._calls[frames] = set()
         frames.send(self.address.answer)
@@ -97,5 +104,8 @@ class Listener:
             frames.close()  # so that it hears of it
 
     def _ended(self, frames: Frames) -> None:
+        if frames in self._unknown:
+            self._unknown.pop(frames).cancel()
         for call in self._calls.pop(frames, ()):
             call.cancel()
+        self._hung_up.set()

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import pickle
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pytest_asyncio
 from deployments.frames import Address, Frames
 from deployments.ingress import lines
 from deployments.ingress.lines import Line, Lines
-from deployments.ingress.outbox import CallLost
+from deployments.ingress.outbox import ReplicaLost
 from deployments.model import listener
 from deployments.model.listener import Listener
 
@@ -29,7 +29,8 @@ class Replica:
         self.cancelled: list[str] = []
         self.listener = Listener(self.call)
 
-    async def call(self, word: str) -> Any:
+    async def call(self, word: str, *rest: Any) -> Any:
+        assert rest == (0, [], [])
         if word == "raise":
             raise RuntimeError("nothing can be said")
         try:
@@ -81,6 +82,16 @@ async def opened(to: Lines, name: str = "r1") -> Line:
     return line
 
 
+async def say(line: Line, word: str) -> Any:
+    return await line.call(word, 0, [], [])
+
+
+async def until(happened: Callable[[], object]) -> None:
+    async with asyncio.timeout(5):
+        while not happened():
+            await asyncio.sleep(0.01)
+
+
 async def stranger(where: Address, *messages: bytes) -> bytes:
     """Says something to a replica, and returns all that it says until it hangs up."""
     reader, writer = await asyncio.open_connection(where.host, where.port)
@@ -95,8 +106,8 @@ async def stranger(where: Address, *messages: bytes) -> bytes:
 async def test_each_call_has_its_own_reply_whichever_is_first(replica: Replica, to: Lines) -> None:
     line = await opened(to)
     replica.gates["slow"] = asyncio.Event()
-    slow = asyncio.create_task(line.call("slow"))
-    assert await asyncio.gather(*(line.call(f"word{n}") for n in range(50))) == [
+    slow = asyncio.create_task(say(line, "slow"))
+    assert await asyncio.gather(*(say(line, f"word{n}") for n in range(50))) == [
         f"WORD{n}" for n in range(50)
     ]
     assert not slow.done()
@@ -162,69 +173,68 @@ async def test_an_ingress_listens_only_to_the_replica_that_was_found(
 
     to = Lines(find)
     assert to.to("r1") is None
-    await asyncio.sleep(0.2)
-    assert (tmp_path / "exploded").exists() == knows
+    exploded = (tmp_path / "exploded").exists
+    await until(lambda: exploded() or caplog.text)
+    assert exploded() == knows
     assert ("calls to r1 go through Serve" in caplog.text) != knows
+    assert ("somebody else answers there" in caplog.text) != knows
     server.close()
 
 
 async def test_calls_that_wait_are_lost_with_the_connection(replica: Replica, to: Lines) -> None:
     line = await opened(to)
     replica.gates["slow"] = asyncio.Event()
-    slow = asyncio.create_task(line.call("slow"))
-    await line.call("there")
+    slow = asyncio.create_task(say(line, "slow"))
+    await say(line, "there")
     (frames,) = replica.listener._calls
     frames.close()
-    with pytest.raises(CallLost):
+    with pytest.raises(ReplicaLost):
         await slow
     # Nobody would hear what this call takes.
-    await asyncio.sleep(0.05)
-    assert replica.cancelled == ["slow"]
+    await until(lambda: replica.cancelled == ["slow"])
     again = await opened(to)
     assert again is not line
-    assert await again.call("back") == "BACK"
+    assert await say(again, "back") == "BACK"
 
 
 async def test_a_call_on_a_connection_that_has_ended_is_lost(replica: Replica, to: Lines) -> None:
     line = await opened(to)
     (frames,) = replica.listener._calls
     frames.close()
-    await asyncio.sleep(0.05)
+    await until(lambda: not line.is_open)
     async with asyncio.timeout(1):
-        with pytest.raises(CallLost):
-            await line.call("late")
+        with pytest.raises(ReplicaLost):
+            await say(line, "late")
 
 
 async def test_a_call_that_fails_is_lost_and_logged(
     replica: Replica, to: Lines, caplog: pytest.LogCaptureFixture
 ) -> None:
     line = await opened(to)
-    with pytest.raises(CallLost):
-        await line.call("raise")
+    with pytest.raises(ReplicaLost):
+        await say(line, "raise")
     assert "nothing can be said" in caplog.text
 
 
 async def test_nobody_waits_for_a_reply_whose_caller_has_gone(replica: Replica, to: Lines) -> None:
     line = await opened(to)
     replica.gates["slow"] = asyncio.Event()
-    slow = asyncio.create_task(line.call("slow"))
-    await line.call("there")
+    slow = asyncio.create_task(say(line, "slow"))
+    await say(line, "there")
     slow.cancel()
     await asyncio.sleep(0)
     replica.gates["slow"].set()
-    assert await line.call("next") == "NEXT"
+    assert await say(line, "next") == "NEXT"
     assert not line._waiting
 
 
 async def test_replicas_that_left_are_hung_up_on(replica: Replica, to: Lines) -> None:
     kept, left = await opened(to, "r1"), await opened(to, "r2")
     to.keep(["r1", "r3"])
-    async with asyncio.timeout(5):
-        while len(replica.listener._calls) > 1:
-            await asyncio.sleep(0.01)
-    assert await kept.call("still") == "STILL"
-    with pytest.raises(CallLost):
-        await left.call("gone")
+    await until(lambda: len(replica.listener._calls) == 1)
+    assert await say(kept, "still") == "STILL"
+    with pytest.raises(ReplicaLost):
+        await say(left, "gone")
 
 
 @pytest.mark.parametrize("where", ["nowhere", "a closed port"])
@@ -243,7 +253,7 @@ async def test_a_replica_that_is_not_reached_is_tried_again_after_a_while(
 
     to = Lines(find)
     line = await opened(to)
-    assert await line.call("late") == "LATE"
+    assert await say(line, "late") == "LATE"
     assert len(asked) == 2
     assert asked[1] - asked[0] >= 0.3
     to.keep([])
@@ -261,9 +271,8 @@ async def test_one_that_does_not_answer_is_given_up(
 
     to = Lines(find)
     assert to.to("r1") is None
-    await asyncio.sleep(0.3)
+    await until(lambda: "TimeoutError" in caplog.text)
     assert to.to("r1") is None
-    assert "TimeoutError" in caplog.text
     server.close()
 
 
@@ -273,7 +282,7 @@ async def test_a_replica_that_stops_waits_until_the_ingresses_have_hung_up(
     line, where = await opened(to), address(replica)
     stopping = asyncio.create_task(replica.listener.close())
     await asyncio.sleep(0.1)
-    assert await line.call("answered") == "ANSWERED"
+    assert await say(line, "answered") == "ANSWERED"
     assert replica.listener.address is None
     with pytest.raises(ConnectionRefusedError):
         await stranger(where)
@@ -286,12 +295,12 @@ async def test_a_replica_that_stops_waits_until_the_ingresses_have_hung_up(
 async def test_a_replica_that_stops_does_not_wait_for_ever(
     replica: Replica, to: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listener, "_LEAVING_S", 0.1)
+    monkeypatch.setattr(listener, "_HANG_UP_S", 0.1)
     line = await opened(to)
     replica.gates["slow"] = asyncio.Event()
-    slow = asyncio.create_task(line.call("slow"))
+    slow = asyncio.create_task(say(line, "slow"))
     await replica.listener.close()
-    with pytest.raises(CallLost):
+    with pytest.raises(ReplicaLost):
         await slow
 
 
@@ -300,3 +309,65 @@ async def test_without_a_host_nobody_listens() -> None:
     await alone.start(None)
     assert alone.address is None
     await alone.close()
+
+
+async def test_a_host_that_is_not_this_machine_s_costs_no_replica(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    elsewhere = Listener(Replica().call)
+    await elsewhere.start("192.0.2.1")
+    assert elsewhere.address is None
+    assert "but by Serve" in caplog.text
+    await elsewhere.close()
+
+
+@pytest.mark.parametrize("fault", ["raises", "hangs", "is cancelled"])
+async def test_where_a_replica_is_not_found_it_is_said_once_and_tried_again_later(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    monkeypatch.setattr(lines, "_OPEN_S", 0.05)
+    monkeypatch.setattr(lines, "_AGAIN_S", 0.1)
+    asked = 0
+
+    async def find(_: str) -> Address | None:
+        nonlocal asked
+        asked += 1
+        if asked < 4:
+            if fault == "hangs":
+                await asyncio.Event().wait()
+            raise asyncio.CancelledError if fault == "is cancelled" else ValueError("unforeseen")
+        return address(replica)
+
+    to = Lines(find)
+    line = await opened(to)
+    assert await say(line, "at last") == "AT LAST"
+    assert asked == 4
+    told = {"raises": "ValueError", "hangs": "TimeoutError"}
+    assert caplog.text.count("go through Serve") == (fault in told)
+    assert told.get(fault, "") in caplog.text
+    to.keep([])
+
+
+async def test_a_replica_that_left_is_not_looked_for_any_more() -> None:
+    ended: list[str] = []
+
+    async def find(_: str) -> Address | None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("find")
+        return None
+
+    to = Lines(find)
+    to.to("r1")
+    await asyncio.sleep(0)
+    to.keep(["r2"])
+    await until(lambda: ended)
+    assert not to._lines
+
+
+async def test_an_address_does_not_show_its_secrets(replica: Replica) -> None:
+    here = address(replica)
+    assert str(here.port) in repr(here)
+    assert repr(here.ask) not in repr(here)
+    assert repr(here.answer) not in repr(here)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.servers import free_port
-from deployments.internals import last_cluster_is_dead
+from deployments.internals import is_encrypted, last_cluster_is_dead
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.2"  # neither Serve's default nor what other tests configure
@@ -95,3 +95,15 @@ def test_a_cluster_that_was_named_is_never_replaced_by_a_new_one(
     note.write_text(address)
     monkeypatch.setenv("RAY_ADDRESS", address if said == "the note's" else said)
     assert not last_cluster_is_dead()
+
+
+@pytest.mark.parametrize(
+    ("said", "encrypted"), [(None, False), ("0", False), ("1", True), ("true", True)]
+)
+def test_that_ray_encrypts_is_known(
+    monkeypatch: pytest.MonkeyPatch, said: str | None, encrypted: bool
+) -> None:
+    monkeypatch.delenv("RAY_USE_TLS", raising=False)
+    if said is not None:
+        monkeypatch.setenv("RAY_USE_TLS", said)
+    assert is_encrypted() == encrypted

@@ -45,10 +45,23 @@ def counted(cluster: str) -> Iterator[tuple[str, Any]]:
             return len(self._listener._calls)
 
         async def hang_up(self) -> None:
-            """Be nowhere to be reached but by Serve."""
-            self._listener.address = None
+            """Be nowhere to be reached but by Serve, until `listen`."""
+            self._here, self._listener.address = self._listener.address, None
             for frames in [*self._listener._calls]:
                 frames.close()
+
+        async def listen(self) -> None:
+            self._listener.address = self._here
+
+        async def note_its_end(self, file: Path) -> None:
+            """Make a file when the listener has closed."""
+            close = self._listener.close
+
+            async def closed() -> None:
+                await close()
+                file.touch()
+
+            self.__del__ = closed
 
     args = Args(
         base_model=str(ROOT / "examples" / "base"),
@@ -83,10 +96,14 @@ def wait_until(happened: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
+def connected(url: str, model: Any) -> bool:
+    predict(url)  # where there is no connection, this has one made
+    return count(model, "num_connected") == 1
+
+
 def test_rows_go_over_a_connection_once_there_is_one(counted: tuple[str, Any]) -> None:
     url, model = counted
-    predict(url)
-    wait_until(lambda: count(model, "num_connected") == 1)
+    wait_until(lambda: connected(url, model))
     by_serve, answered = count(model, "num_by_serve"), count(model, "num_answered")
     for _ in range(REQUESTS):
         predict(url)
@@ -97,8 +114,7 @@ def test_rows_go_over_a_connection_once_there_is_one(counted: tuple[str, Any]) -
 
 def test_rows_go_by_serve_s_calls_where_there_is_no_connection(counted: tuple[str, Any]) -> None:
     url, model = counted
-    predict(url)
-    wait_until(lambda: count(model, "num_connected") == 1)
+    wait_until(lambda: connected(url, model))
     model.hang_up.remote().result(timeout_s=30)
     by_serve, answered = count(model, "num_by_serve"), count(model, "num_answered")
     for _ in range(REQUESTS):
@@ -106,3 +122,17 @@ def test_rows_go_by_serve_s_calls_where_there_is_no_connection(counted: tuple[st
     assert count(model, "num_connected") == 0
     assert count(model, "num_answered") == answered + REQUESTS
     assert count(model, "num_by_serve") >= by_serve + REQUESTS
+    model.listen.remote().result(timeout_s=30)
+    wait_until(lambda: connected(url, model))
+
+
+def test_a_replica_that_stops_waits_for_its_callers(
+    counted: tuple[str, Any], tmp_path: Path
+) -> None:
+    """That Serve awaits what the object, not its class, has as `__del__`. Comes last."""
+    from ray import serve
+
+    _, model = counted
+    model.note_its_end.remote(tmp_path / "ended").result(timeout_s=30)
+    serve.delete("counted")
+    wait_until((tmp_path / "ended").exists)
