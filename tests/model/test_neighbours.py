@@ -93,7 +93,10 @@ def test_a_neighbour_with_activations_20_times_larger_changes_no_answer(
     [(32, lambda longest: longest * 5 // 4 + 1), (16, lambda _: 128), (1, lambda _: 64)],
     ids=["a-quarter-more", "to-the-end", "one-row"],
 )
-@pytest.mark.parametrize("quantization", QUANTIZED)
+@pytest.mark.parametrize(
+    "quantization",  # nf4 is for GPUs: on a CPU it takes more than twice as long
+    [pytest.param(of, marks=pytest.mark.slow if of == "nf4" else ()) for of in QUANTIZED],
+)
 def test_padding_changes_an_answer_only_by_rounding(
     quantization: str,
     rows_a_batch: int,

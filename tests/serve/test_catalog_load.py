@@ -228,6 +228,7 @@ def told_latency(load: Load) -> float:
     return took_ms[int(len(took_ms) * 0.99)]
 
 
+@pytest.mark.slow  # the minute of soak has fewer changes under less load
 def test_a_hundred_changes_under_load_fail_no_prediction(running: Any, make_version: Any) -> None:
     changer = Changer(running.url, make_version)
     with Load(running.url) as quiet:
@@ -248,7 +249,8 @@ def test_a_hundred_changes_under_load_fail_no_prediction(running: Any, make_vers
     assert set(changer.counts) == {"upload", "activate", "split", "rollback", "delete"}
 
 
-@pytest.mark.parametrize("count", [25, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.slow  # as tests/catalog/test_two_clusters.py has it, but over HTTP
+@pytest.mark.parametrize("count", [25, 200])
 def test_eight_clients_change_at_once_and_no_update_is_lost(running: Any, count: int) -> None:
     """Each reads a task and writes it back under If-Match."""
     acknowledged: list[tuple[str, int, float]] = []

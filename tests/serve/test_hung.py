@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
     ("fault", "noticed_s"),
     [
         ("hangs", 10.0),
-        ("NaN", 1.0),
+        pytest.param("NaN", 1.0, marks=pytest.mark.slow),
         pytest.param("no loop", 1.0, marks=pytest.mark.slow),
     ],
 )
