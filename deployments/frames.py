@@ -24,7 +24,7 @@ class Address:
     Attributes:
         host: Of its node.
         port: TCP.
-        ask: What whoever calls there says first, a secret.
+        ask: What whoever calls there says first, a secret of 32 bytes.
         answer: What is said to it then, another: nobody else is there now.
     """
 

@@ -15,20 +15,20 @@ from deployments.frames import Frames
 MESSAGES = [b"", b"one", b"\0" * 70_000, b"last"]
 
 
-class Transport:
+class Transport(asyncio.Transport):
     """What is written, as a connection would carry it."""
 
     def __init__(self) -> None:
         self.written = b""
         self.aborted = False
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | bytearray | memoryview) -> None:
         self.written += data
 
     def abort(self) -> None:
         self.aborted = True
 
-    def get_extra_info(self, name: str) -> "Transport":
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
         assert name == "socket"
         return self
 
@@ -42,7 +42,7 @@ def ended(_: Frames) -> None:
 
 def connected(heard: Callable[[Frames, bytes], None], **given: Any) -> tuple[Frames, Transport]:
     frames, transport = Frames(heard, ended, **given), Transport()
-    frames.connection_made(transport)  # type: ignore[arg-type]
+    frames.connection_made(transport)
     return frames, transport
 
 
@@ -77,7 +77,7 @@ def test_nothing_is_sent_before_a_connection_or_after_it() -> None:
     frames.send(b"too early")
     frames.close()
     transport = Transport()
-    frames.connection_made(transport)  # type: ignore[arg-type]
+    frames.connection_made(transport)
     frames.connection_lost(None)
     frames.send(b"too late")
     assert not transport.written

@@ -79,3 +79,9 @@ async def answer_rows(
     if not rows:
         return []
     return await ask(facts, [(row.tokens.ids, row.tokens.type_ids) for row in rows], deadline_s)
+
+
+def is_cancelled() -> bool:
+    """Tell whether somebody cancels the current task; if not, Ray Serve has cancelled a call."""
+    current = asyncio.current_task()
+    return current is None or current.cancelling() > 0

@@ -12,6 +12,7 @@ from contextvars import Context
 from functools import partial
 
 from deployments.frames import Address, Frames
+from deployments.ingress.calls import is_cancelled
 from deployments.ingress.outbox import ReplicaLost
 from deployments.rows import Parcel, Reply
 
@@ -140,9 +141,8 @@ class Lines:
                         self._lines[replica] = line
                         return
         except asyncio.CancelledError:
-            current = asyncio.current_task()
-            if current is None or current.cancelling():
-                raise  # else Ray Serve has cancelled a call, and nobody here has
+            if is_cancelled():
+                raise
         except Exception as error:
             if replica not in self._unreached:
                 self._unreached.add(replica)

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextvars import Context
 from typing import NamedTuple
 
-from deployments.ingress.calls import Question
+from deployments.ingress.calls import Question, is_cancelled
 from deployments.rows import Parcel, Reply
 
 logger = logging.getLogger("ray.serve")
@@ -149,8 +149,7 @@ class Outbox:
             self._gone += gone
             await self._doubt(error)
         except asyncio.CancelledError:
-            current = asyncio.current_task()
-            if current is None or current.cancelling():
+            if is_cancelled():
                 raise
             self._gone += gone
             await self._doubt(CallLost("Ray Serve has cancelled a call"))  # nobody here has

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from adapters.errors import AdapterError
 from deployments.errors import BatchLoopDied, NotReady, Overloaded, ReplicasLost
-from deployments.ingress.calls import Answers, Encodings, Question
+from deployments.ingress.calls import Answers, Encodings, Question, is_cancelled
 from deployments.ingress.outbox import Asked, CallLost, NotTaken, Outbox, ReplicaLost
 from deployments.ingress.placement import Placement
 from deployments.rows import Facts, Parcel, Reply, Residency
@@ -182,9 +182,8 @@ class Replicas:
             except NotReady:
                 pass
             except asyncio.CancelledError:
-                current = asyncio.current_task()
-                if current is None or current.cancelling():
-                    raise  # else Ray Serve has cancelled a call, and nobody here has
+                if is_cancelled():
+                    raise
             except Exception as error:
                 logger.error("the model replicas could not be asked", exc_info=error)
             if self._placement.names:
