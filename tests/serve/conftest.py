@@ -276,6 +276,20 @@ def examples() -> Path:
 
 
 @pytest.fixture(scope="session")
+def example_args(examples: Path) -> Any:
+    """Arguments that serve the examples' tasks in one thread, without quantisation."""
+    from deployments.config import Args
+
+    return Args(
+        base_model=str(BASE),
+        adapter_store=str(examples),
+        quantization="none",
+        device="cpu",
+        num_cpus=1,
+    )
+
+
+@pytest.fixture(scope="session")
 def cluster(short_dir: Path) -> Iterator[str]:
     """Ray and Serve's plain HTTP path (no HAProxy, no throughput mode); yields the HTTP URL."""
     with pytest.MonkeyPatch.context() as environment:

@@ -11,18 +11,16 @@ import pytest
 
 from deployments.rows import Parcel, Reply
 
-ROOT = Path(__file__).resolve().parents[2]
 REQUESTS = 40
 
 
 @pytest.fixture(scope="module")
-def counted(cluster: str) -> Iterator[tuple[str, Any]]:
+def counted(cluster: str, example_args: Any) -> Iterator[tuple[str, Any]]:
     """An application whose model counts Serve's calls; yields where to predict, and its model."""
     from ray import serve
 
     from benchmarks.noop.hop import NoForward
     from deployments import app
-    from deployments.config import Args
 
     class Counted(NoForward):
         by_serve = 0
@@ -63,15 +61,8 @@ def counted(cluster: str) -> Iterator[tuple[str, Any]]:
 
             self.__del__ = closed
 
-    args = Args(
-        base_model=str(ROOT / "examples" / "base"),
-        adapter_store=str(ROOT / "examples" / "store"),
-        quantization="none",
-        device="cpu",
-        num_cpus=1,
-    )
     with patch.object(app, "Model", Counted):
-        serve.run(app.build(args), name="counted", route_prefix="/counted")
+        serve.run(app.build(example_args), name="counted", route_prefix="/counted")
     yield (
         f"{cluster}/counted/v1/tasks/spam/predict",
         serve.get_deployment_handle("Model", "counted"),

@@ -1,34 +1,24 @@
 """What the serving benchmark takes for an application without a forward, and without a hop."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ["I absolutely loved this product!", "The parcel came late and nobody answered."]
 
 
 @pytest.fixture(scope="module")
-def noop(cluster: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def noop(cluster: str, example_args: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Both applications; yields their URL and a handle to the model of each."""
     from ray import serve
 
     from benchmarks.noop import here, hop
-    from deployments.config import Args
 
-    args = Args(
-        base_model=str(ROOT / "examples" / "base"),
-        adapter_store=str(ROOT / "examples" / "store"),
-        quantization="none",
-        device="cpu",
-        num_cpus=1,
-    )
     handles = {}
     for name, module in (("hop", hop), ("here", here)):
-        serve.run(module.build(args), name=name, route_prefix=f"/{name}")
+        serve.run(module.build(example_args), name=name, route_prefix=f"/{name}")
         handles[name] = serve.get_deployment_handle("Model", name)
     yield cluster, handles
     for name in handles:
